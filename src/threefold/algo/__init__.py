@@ -1,0 +1,1 @@
+"""The mathematics of the three steps: pure functions of tensors, no model, no recipe, no process group."""

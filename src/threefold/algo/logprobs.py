@@ -1,0 +1,70 @@
+"""Log-probabilities of given tokens, without ever holding a [tokens, V] float32 tensor for more than one chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at `token_ids`, in float32.
+
+    Args:
+        logits: [..., V], any float type.
+        token_ids: [...], int64.
+        temperature: > 0.
+
+    Returns:
+        [...], float32, nats, <= 0.
+    """
+    scaled = logits.float() / temperature
+    return torch.gather(scaled, -1, token_ids.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
+
+
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(logits / temperature), [...], float32, nats: logsumexp(x) - sum p x."""
+    scaled = logits.float() / temperature
+    probabilities = F.softmax(scaled, dim=-1)
+    return torch.logsumexp(scaled, dim=-1) - (probabilities * scaled).sum(dim=-1)
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    token_ids: Tensor,
+    head: Callable[[Tensor], Tensor],
+    temperature: float = 1.0,
+    chunk_tokens: int = 2048,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy of its distribution, the output head applied chunk by chunk.
+
+    With gradients on, each chunk's logits are recomputed in the backward pass instead of kept, so peak memory is one
+    [chunk_tokens, V] float32 tensor, whatever the batch. A single chunk is not recomputed: there is nothing to save.
+
+    Args:
+        hidden: [M, D], the hidden state from which each token is predicted.
+        token_ids: [M], int64.
+        head: maps [m, D] to logits [m, V].
+        temperature: > 0.
+        chunk_tokens: tokens per chunk.
+
+    Returns:
+        log-probabilities [M] and entropies [M], float32, nats.
+    """
+
+    def one_chunk(hidden_chunk: Tensor, ids_chunk: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden_chunk)
+        return token_logprobs(logits, ids_chunk, temperature), token_entropy(logits, temperature)
+
+    if len(token_ids) <= chunk_tokens:
+        return one_chunk(hidden, token_ids)
+    pieces = []
+    for start in range(0, len(token_ids), chunk_tokens):
+        chunk = (hidden[start : start + chunk_tokens], token_ids[start : start + chunk_tokens])
+        recompute = torch.is_grad_enabled()
+        pieces.append(checkpoint(one_chunk, *chunk, use_reentrant=False) if recompute else one_chunk(*chunk))
+    logprobs, entropies = zip(*pieces, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
