@@ -1,0 +1,340 @@
+"""The recipe: every setting of a run, typed, documented in place, frozen.
+
+A default that DeepSpeed-Chat hard-codes or ships is kept where it works and named "DeepSpeed-Chat: ..." where it was
+changed.
+Derived numbers are methods; nothing writes to a recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown fields are errors, values are never changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the recipe; an output directory that belongs to another name is refused."""
+    output_dir: str = ""
+    """Run directory; empty means runs/NAME."""
+    seed: NonNegativeInt = 1234
+    """Seed of everything: split, initialisation, shuffling, sampling."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights; auto is bfloat16 on a GPU that has it, else float32."""
+    num_threads: NonNegativeInt = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    log_every: PositiveInt = 10
+    """Optimizer steps between two lines of metrics in steps 1 and 2 (step 3 logs every iteration)."""
+
+
+class EmbeddedModelSection(Section):
+    """The small OPT model that is initialised on the spot when model.actor is "embedded"."""
+
+    vocab_size: PositiveInt = 512
+    """Size of the tokenizer that is trained on the spot, special tokens included."""
+    hidden_size: PositiveInt = 128
+    """Model width D."""
+    num_layers: PositiveInt = 4
+    """Transformer blocks."""
+    num_heads: PositiveInt = 4
+    """Attention heads; must divide hidden_size."""
+    ffn_dim: PositiveInt = 512
+    """Width of the feed-forward layer."""
+    max_positions: PositiveInt = 160
+    """Context length, tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> EmbeddedModelSection:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        return self
+
+
+class ModelSection(Section):
+    actor: str = "embedded"
+    """Pretrained causal model: Hub id, local directory, or "embedded"."""
+    reward: str = ""
+    """Model that the reward model starts from: Hub id or directory; empty means the result of step 1."""
+    chat_template: str = "tokenizer"
+    """"tokenizer" uses the checkpoint's own template; "dialogue" (Human:/Assistant:) and "tags" are built in; or a
+    path to a .jinja file."""
+    pad_token: str = ""
+    """Token that fills batches, when the tokenizer has none or has its stop token in that place; added if it is new."""
+    retokenise_for_reward: bool = False
+    """Allow a reward model with another vocabulary: answers go through text, and the critic starts from the actor."""
+    embedded: EmbeddedModelSection = EmbeddedModelSection()
+
+
+class DemoDataSection(Section):
+    """The embedded conversations, when data.sources names "demo"."""
+
+    num_prompts: PositiveInt = 12000
+    """Different prompts to generate."""
+    flawed_fraction: Fraction = 0.65
+    """Share of the demonstrations that have a flaw, so that step 1 leaves something to win."""
+    flip_rate: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Share of preference pairs labelled the wrong way round on average (Bradley-Terry noise)."""
+
+
+class DataSection(Section):
+    sources: Annotated[list[str], Field(min_length=1)] = ["demo"]
+    """Datasets: json, jsonl or jsonl.gz files (paths relative to where the command is run), or "demo"."""
+    split: Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)] = [2, 4, 4]
+    """Proportions of the prompts that steps 1, 2 and 3 get; the three shares are disjoint."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of each step's prompts that is held out for its evaluation."""
+    max_length: PositiveInt = 512
+    """Longest prompt plus answer, tokens, in steps 1 and 2."""
+    max_prompt_length: PositiveInt = 256
+    """Longest prompt, tokens, in step 3 (DeepSpeed-Chat: max_prompt_seq_len)."""
+    long_rows: Literal["error", "drop"] = "error"
+    """What to do with a row longer than max_length or max_prompt_length; drops are counted and shown."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """What to do with a row that cannot be used (a missing field, chosen equal to rejected); drops are counted and
+    shown."""
+    demo: DemoDataSection = DemoDataSection()
+
+    @model_validator(mode="after")
+    def _split_is_not_empty(self) -> DataSection:
+        if sum(self.split) <= 0:
+            raise ValueError("split needs at least one share above 0")
+        return self
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule, as each of the models has its own."""
+
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay, on matrices only (not on biases, norms)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW betas."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    scheduler: Scheduler = "cosine"
+    """Learning-rate schedule over all optimizer steps of the stage."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up."""
+
+
+class SupervisedSection(OptimizerSection):
+    """What steps 1 and 2 have in common."""
+
+    epochs: PositiveInt = 1
+    """Passes over the training share."""
+    max_steps: NonNegativeInt = 0
+    """Stop after this many optimizer steps; 0 means all epochs."""
+    batch_size: PositiveInt = 16
+    """Examples per optimizer step."""
+    micro_batch_size: NonNegativeInt = 0
+    """Examples per forward pass; 0 means batch_size. Does not change the result, only memory."""
+    eval_every: NonNegativeInt = 0
+    """Optimizer steps between evaluations; 0 evaluates at the end of each epoch."""
+    max_eval_examples: PositiveInt = 512
+    """At most this many held-out examples per evaluation."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability wherever the model has dropout."""
+
+
+class SFTSection(SupervisedSection):
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate. (DeepSpeed-Chat: 9.65e-6 for full models, 1e-3 with LoRA.)"""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Train on the assistant's tokens only, or on every token. (DeepSpeed-Chat: all.)"""
+
+
+class RewardSection(SupervisedSection):
+    learning_rate: PositiveFloat = 5e-5
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay, on matrices only."""
+
+
+class SamplingSection(Section):
+    """How answers are drawn."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Softmax temperature; 0 is greedy (refused in PPO, whose maths needs samples)."""
+    top_k: NonNegativeInt = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep the smallest set of tokens whose probability reaches p; 1 keeps all."""
+    min_new_tokens: NonNegativeInt = 0
+    """No stop token before this many tokens."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer, tokens (DeepSpeed-Chat: max_answer_seq_len)."""
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> SamplingSection:
+        if self.min_new_tokens >= self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} must be below max_new_tokens {self.max_new_tokens}")
+        return self
+
+
+class EMASection(Section):
+    enabled: bool = True
+    """Keep an exponential moving average of the actor and save it as ppo/actor_ema."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.992
+    """ema <- decay * ema + (1 - decay) * actor, once per optimizer step, in float32."""
+
+
+class MixtureSection(Section):
+    source: str = ""
+    """Pretraining text to mix into PPO: a .txt file (documents separated by <|endoftext|>) or jsonl with a `text`
+    field; empty is off."""
+    coef: NonNegativeFloat = 1.0
+    """Weight of the language-modelling loss, which is a mean per token. (DeepSpeed-Chat: 27.8, which its authors
+    report not to converge.)"""
+    batch_size: PositiveInt = 16
+    """Text chunks per optimizer step."""
+    chunk_length: PositiveInt = 256
+    """Tokens per text chunk."""
+    eval_documents: PositiveInt = 64
+    """Documents, from the end of the text and never trained on, for the perplexity that is reported."""
+
+
+class PPOSection(Section):
+    epochs: PositiveInt = 1
+    """Passes over the prompts of step 3."""
+    iterations: NonNegativeInt = 0
+    """Rollout-and-update rounds; 0 means what `epochs` gives."""
+    prompts_per_iteration: PositiveInt = 16
+    """Prompts per rollout (DeepSpeed-Chat: per_device_generation_batch_size x generation_batches)."""
+    answers_per_prompt: PositiveInt = 1
+    """Answers sampled for each prompt."""
+    ppo_epochs: PositiveInt = 1
+    """Passes over each batch of experience."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps per pass: the experience is cut into this many minibatches."""
+    micro_batch_size: NonNegativeInt = 0
+    """Sequences per forward pass; 0 means a whole minibatch. Does not change the result, only memory."""
+    kl_coef: NonNegativeFloat = 0.1
+    """Weight of the per-token KL penalty in the reward."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of KL(policy || reference) per token: k1 = log-ratio, k2 = its square / 2, k3 = ratio - 1 -
+    log-ratio."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive moves kl_coef towards kl_target (Ziegler et al. 2019, section 2.2)."""
+    kl_target: PositiveFloat = 6.0
+    """Mean KL per answer, nats, that the adaptive controller steers to and that the report compares with."""
+    kl_horizon: PositiveFloat = 10000
+    """Adaptive controller: answers over which the coefficient may change by a factor of e^0.2."""
+    reward_clip: NonNegativeFloat = 5.0
+    """Clip the (normalised) score to +-this; 0 turns clipping off."""
+    normalise_reward: bool = True
+    """Subtract the reward model's saved mean and divide by its saved scale before clipping. (DeepSpeed-Chat: no.)"""
+    missing_stop_penalty: NonNegativeFloat = 0.0
+    """Taken off the clipped score of an answer that was cut at max_new_tokens."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    gae_lambda: Fraction = 0.95
+    """GAE lambda (DeepSpeed-Chat: lam)."""
+    whiten_advantages: bool = True
+    """Give the advantages of a batch mean 0 and variance 1. (DeepSpeed-Chat: no.)"""
+    clip_range: PositiveFloat = 0.2
+    """Policy ratio is clipped to 1 +- this."""
+    value_clip_range: PositiveFloat = 0.2
+    """New values are clipped to the old ones +- this, normalised reward units."""
+    target_kl: NonNegativeFloat = 0.0
+    """End an iteration's updates once the policy has moved this far from the rollout's (mean k3 per token, nats); 0
+    is off."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of an entropy bonus, per token."""
+    critic_warmup_iterations: NonNegativeInt = 0
+    """First iterations in which only the critic learns."""
+    actor_learning_rate: PositiveFloat = 9.65e-6
+    """Peak learning rate of the actor."""
+    critic_learning_rate: PositiveFloat = 5e-6
+    """Peak learning rate of the critic."""
+    actor_weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of the actor, on matrices only."""
+    critic_weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of the critic, on matrices only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW betas of both."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest gradient norm of each; 0 turns clipping off."""
+    scheduler: Scheduler = "cosine"
+    """Learning-rate schedule of both, over all optimizer steps."""
+    warmup_steps: NonNegativeInt = 100
+    """Optimizer steps of linear warm-up, of both."""
+    eval_every: NonNegativeInt = 0
+    """Iterations between evaluations on held-out prompts; 0 evaluates only before and after."""
+    num_eval_prompts: PositiveInt = 256
+    """At most this many held-out prompts per evaluation."""
+    parity_bound: NonNegativeFloat = 0.0
+    """Largest difference between a rollout's log-probs and the training forward's before an iteration's first update, nats;
+    beyond it the run stops. 0 means 1e-3 in float32 and 0.5 in bfloat16."""
+    sampling: SamplingSection = SamplingSection()
+    ema: EMASection = EMASection()
+    mixture: MixtureSection = MixtureSection()
+
+    def optimizer(self, model: Literal["actor", "critic"]) -> OptimizerSection:
+        """The optimizer settings of one of the two trained models."""
+        return OptimizerSection(
+            learning_rate=self.actor_learning_rate if model == "actor" else self.critic_learning_rate,
+            weight_decay=self.actor_weight_decay if model == "actor" else self.critic_weight_decay,
+            betas=self.betas,
+            grad_clip=self.grad_clip,
+            scheduler=self.scheduler,
+            warmup_steps=self.warmup_steps,
+        )
+
+    @model_validator(mode="after")
+    def _needs_samples(self) -> PPOSection:
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "sampling.temperature 0 is greedy decoding, and PPO's ratios need sampled answers: set it above 0"
+            )
+        answers = self.prompts_per_iteration * self.answers_per_prompt
+        if self.minibatches > answers:
+            raise ValueError(
+                f"minibatches {self.minibatches} is more than the {answers} answers of an iteration "
+                "(prompts_per_iteration x answers_per_prompt)"
+            )
+        if self.kl_controller == "adaptive" and answers > self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon:g} is less than the {answers} answers of one iteration, so the coefficient "
+                "would jump: raise it"
+            )
+        return self
+
+
+class EvaluateSection(Section):
+    """The comparison of the stages that closes a run."""
+
+    num_prompts: PositiveInt = 300
+    """At most this many held-out prompts of step 3."""
+    answers_per_prompt: Annotated[int, Field(ge=1)] = 2
+    """Answers sampled for each."""
+    num_samples: NonNegativeInt = 12
+    """Prompts that are written, with each model's answer, to samples.jsonl."""
+
+
+class Recipe(Section):
+    """One run: the three steps of InstructGPT on one model and one set of datasets."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    sft: SFTSection = SFTSection()
+    reward: RewardSection = RewardSection()
+    ppo: PPOSection = PPOSection()
+    evaluate: EvaluateSection = EvaluateSection()
