@@ -15,6 +15,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -58,6 +59,9 @@ class EmbeddedModelSection(Section):
     """Width of the feed-forward layer."""
     max_positions: PositiveInt = 160
     """Context length, tokens."""
+    init_std: PositiveFloat = 0.06
+    """Standard deviation of the initial weights; larger than a big model's 0.02, with which so narrow a one starts
+    slowly."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> EmbeddedModelSection:
@@ -124,7 +128,7 @@ class OptimizerSection(Section):
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, on matrices only (not on biases, norms)."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """AdamW betas."""
     grad_clip: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 turns clipping off."""
@@ -267,7 +271,7 @@ class PPOSection(Section):
     """Decoupled weight decay of the actor, on matrices only."""
     critic_weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of the critic, on matrices only."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """AdamW betas of both."""
     grad_clip: NonNegativeFloat = 1.0
     """Largest gradient norm of each; 0 turns clipping off."""
@@ -280,7 +284,8 @@ class PPOSection(Section):
     num_eval_prompts: PositiveInt = 256
     """At most this many held-out prompts per evaluation."""
     parity_bound: NonNegativeFloat = 0.0
-    """Largest difference between a rollout's log-probs and the training forward's before an iteration's first update, nats;
+    """Largest difference between a rollout's log-probs and the training forward's before an iteration's first update,
+    nats;
     beyond it the run stops. 0 means 1e-3 in float32 and 0.5 in bfloat16."""
     sampling: SamplingSection = SamplingSection()
     ema: EMASection = EMASection()
@@ -311,7 +316,7 @@ class PPOSection(Section):
             )
         if self.kl_controller == "adaptive" and answers > self.kl_horizon:
             raise ValueError(
-                f"kl_horizon {self.kl_horizon:g} is less than the {answers} answers of one iteration, so the coefficient "
+                f"kl_horizon {self.kl_horizon:g} is less than the {answers} answers of one iteration, so kl_coef "
                 "would jump: raise it"
             )
         return self
