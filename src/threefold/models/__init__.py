@@ -1,0 +1,1 @@
+"""Loading, making and saving models; what a forward pass means for each of the three roles."""
