@@ -1,0 +1,131 @@
+"""Run state on disk: finished stages as directories that appear whole or not at all, and run.json.
+
+A stage writes into a hidden directory beside its final place; only when it is complete, stage.json included, does it
+take that
+place. What stood there before stays until that moment, so an interrupted run loses nothing that was finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from threefold.errors import CheckpointError
+
+STAGE_FILE = "stage.json"
+RUN_FILE = "run.json"
+EVALUATION_FILE = "evaluation.json"
+SAMPLES_FILE = "samples.jsonl"
+_HASHED_WHOLE_BYTES = 256 * 2**20
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one indented JSON value; see `write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Read one of our JSON files; None if it is absent."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); delete it, or choose another output directory") from error
+
+
+def read_record(path: Path, *fields: str) -> dict[str, Any] | None:
+    """Read one of our JSON files that holds an object with at least these fields; None if it is absent."""
+    record = read_json(path)
+    if record is None:
+        return None
+    missing = [name for name in fields if name not in record] if isinstance(record, dict) else list(fields)
+    if missing:
+        raise CheckpointError(
+            f"{path}: is damaged (it has no field {missing[0]!r}); delete it, or choose another output directory"
+        )
+    return dict(record)
+
+
+@contextmanager
+def building(directory: Path) -> Iterator[Path]:
+    """A fresh hidden directory that replaces `directory` when the block ends, and is removed if the block fails."""
+    temporary = directory.with_name(f".{directory.name}.building")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(temporary, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        recover(directory)
+
+
+def recover(directory: Path) -> None:
+    """Undo a swap that was cut between its two renames: the old directory goes back to its place."""
+    old = directory.with_name(f".{directory.name}.old")
+    if old.is_dir() and not directory.exists():
+        os.replace(old, directory)
+
+
+def stage_record(directory: Path) -> dict[str, Any] | None:
+    """The stage.json of a finished stage, or None."""
+    return read_record(directory / STAGE_FILE, "key", "summary", "seconds")
+
+
+def hash_of(value: Any) -> str:
+    """sha256 of a JSON value, hexadecimal; equal values give equal hashes whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def content_hash(source: str) -> str:
+    """Hash of what a file or checkpoint directory holds; the name itself where there is no such path (a Hub id).
+
+    Files over 256 MiB count with their size, first and last MiB, so that large checkpoints do not have to be read
+    whole.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _file_hash(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return hash_of([(file.relative_to(path).as_posix(), _file_hash(file)) for file in files])
+    return source
+
+
+def _file_hash(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _HASHED_WHOLE_BYTES:
+            while block := file.read(2**20):
+                digest.update(block)
+        else:
+            digest.update(str(size).encode() + file.read(2**20))
+            file.seek(-(2**20), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()

@@ -1,0 +1,48 @@
+"""Where and in which precision to compute, and how to make a run repeatable."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+
+from threefold.config.recipe import RunSection
+from threefold.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of run.device; "auto" is a GPU if there is one, else the CPU."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    if (name == "cuda" and not has_cuda) or (name == "mps" and not has_mps):
+        raise ConfigError(f'run.device = "{name}": PyTorch finds no such device here; set run.device = "auto" or "cpu"')
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that matrix products run in; "auto" is bfloat16 on a GPU that has it, else float32. Weights stay
+    float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+@contextmanager
+def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to `dtype`; with float32 nothing is changed."""
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        yield
+
+
+def make_repeatable(run: RunSection) -> None:
+    """Seed every global generator and fix the number of threads: the same recipe gives the same numbers on one
+    machine."""
+    random.seed(run.seed)
+    numpy.random.seed(run.seed % 2**32)
+    torch.manual_seed(run.seed)
+    if run.num_threads:
+        torch.set_num_threads(run.num_threads)
