@@ -1,0 +1,187 @@
+"""What the run achieved: answers of step 1, PPO and its average to held-out prompts, compared.
+
+Score, win rate and KL by the reward model always; where the data come with a gold score that training never saw, by
+that too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from threefold.algo.statistics import Estimate, distinct_n, mean_interval, pairwise_wins, wilson_interval
+from threefold.data.chat import ChatFormat
+from threefold.data.collate import collate_sequences
+from threefold.data.demo import clean_comparison, gold_score
+from threefold.data.prepare import PreparedPrompt, ppo_prompts, reward_pairs
+from threefold.data.split import Share, Step
+from threefold.engine.device import precision
+from threefold.engine.train import micro_batches
+from threefold.inference.generate import generate
+from threefold.models.forward import CausalForward, answer_scores
+from threefold.models.loading import load_causal_lm, load_scalar_model
+from threefold.stages.context import StageContext
+from threefold.stages.rollout import RewardScorer, Scorers, per_rollout, response_logprobs
+from threefold.types import Example, Rollout
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's answers to the evaluation prompts, answers_per_prompt in a row for each."""
+
+    rollouts: list[Rollout]
+    texts: list[str]
+    scores: list[float]
+    gold: list[float]
+
+
+def run(context: StageContext) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The comparison, and samples: prompts with each model's first answer."""
+    settings = context.recipe.evaluate
+    shares = context.shares()
+    chat, _ = context.chat_format(str(context.inputs["sft"]))
+    scorer = _scorer(context, chat)
+    limits = (context.recipe.data.max_prompt_length, context.recipe.data.long_rows)
+    prompts = ppo_prompts(shares["ppo"].eval, chat, *limits)[: settings.num_prompts]
+    repeated = [prompt for prompt in prompts for _ in range(settings.answers_per_prompt)]
+    models = {"sft": context.inputs["sft"], "ppo": context.inputs["ppo"] / "actor"}
+    if (context.inputs["ppo"] / "actor_ema").is_dir():
+        models["ema"] = context.inputs["ppo"] / "actor_ema"
+    answers: dict[str, Answers] = {}
+    result: dict[str, Any] = {
+        "num_prompts": len(prompts),
+        "answers_per_prompt": settings.answers_per_prompt,
+        "models": {},
+    }
+    reference = CausalForward(load_causal_lm(str(models["sft"])).to(context.device))
+    with context.log.progress("compare", len(models)) as bar:
+        for name, directory in models.items():
+            forward = reference if name == "sft" else CausalForward(load_causal_lm(str(directory)).to(context.device))
+            answers[name] = _answer(context, forward, chat, scorer, repeated)
+            kl = _kl(context, chat, reference, scorer, answers[name].rollouts)
+            result["models"][name] = _describe(answers[name], answers["sft"], kl, settings.answers_per_prompt)
+            bar.advance()
+    if _has_gold(context):
+        accuracy = _clean_accuracy(context, shares, scorer)
+        result["reward_clean_accuracy"] = _as_json(accuracy)
+    return result, _samples(prompts, answers, settings.answers_per_prompt, settings.num_samples)
+
+
+def _has_gold(context: StageContext) -> bool:
+    return set(context.recipe.data.sources) == {"demo"}
+
+
+def _scorer(context: StageContext, chat: ChatFormat) -> RewardScorer:
+    source = str(context.inputs["reward"])
+    reward_chat, _ = context.chat_format(source)
+    model = load_scalar_model(source).to(context.device)
+    return RewardScorer(
+        model, reward_chat, chat, context.recipe.model.retokenise_for_reward, context.device, context.dtype
+    )
+
+
+def _answer(
+    context: StageContext,
+    forward: CausalForward,
+    chat: ChatFormat,
+    scorer: RewardScorer,
+    prompts: Sequence[PreparedPrompt],
+) -> Answers:
+    """Sample as step 3 does, every model from the same random numbers."""
+    generator = torch.Generator(context.device).manual_seed(context.recipe.run.seed + 2)
+    with precision(context.device, context.dtype):
+        rollouts = generate(
+            forward, [p.ids for p in prompts], context.recipe.ppo.sampling, chat.stop_ids, generator, batch_size=BATCH
+        )
+    texts = [chat.decode(rollout.response_ids.tolist()) for rollout in rollouts]
+    scores = scorer([p.prompt.messages for p in prompts], rollouts).tolist()
+    gold = []
+    if _has_gold(context):
+        gold = [
+            gold_score(p.prompt, text, rollout.finish_reason == "stop")
+            for p, text, rollout in zip(prompts, texts, rollouts, strict=True)
+        ]
+    return Answers(rollouts, texts, scores, gold)
+
+
+def _kl(
+    context: StageContext, chat: ChatFormat, reference: CausalForward, scorer: RewardScorer, rollouts: Sequence[Rollout]
+) -> list[float]:
+    """KL(model || step 1) of each answer, nats, from its own samples."""
+    scorers = Scorers(reference, scorer.model, scorer, chat.pad_id, context.device, context.dtype)
+    temperature = context.recipe.ppo.sampling.temperature
+    ref = per_rollout(rollouts, scorers, lambda batch: response_logprobs(reference, batch, temperature)[0])
+    return [float((rollout.logprobs - other).sum()) for rollout, other in zip(rollouts, ref, strict=True)]
+
+
+def _describe(model: Answers, sft: Answers, kl: Sequence[float], per_prompt: int) -> dict[str, Any]:
+    lengths = [len(rollout.response_ids) for rollout in model.rollouts]
+    described = {
+        "score": _as_json(mean_interval(_by_prompt(model.scores, per_prompt))),
+        "win_rate_by_score": _as_json(_win_rate(model.scores, sft.scores, per_prompt)),
+        "kl_per_answer": math.fsum(kl) / len(kl),
+        "distinct_2": distinct_n([rollout.response_ids.tolist() for rollout in model.rollouts], 2),
+        "distinct_answers": len(set(model.texts)) / len(model.texts),
+        "mean_length_tokens": sum(lengths) / len(lengths),
+        "stopped": sum(rollout.finish_reason == "stop" for rollout in model.rollouts) / len(lengths),
+    }
+    if model.gold:
+        described["gold"] = _as_json(mean_interval(_by_prompt(model.gold, per_prompt)))
+        described["win_rate_by_gold"] = _as_json(_win_rate(model.gold, sft.gold, per_prompt))
+    return described
+
+
+def _by_prompt(values: Sequence[float], per_prompt: int) -> list[float]:
+    """Mean over each prompt's answers: prompts, not answers, are the independent observations."""
+    return [math.fsum(values[start : start + per_prompt]) / per_prompt for start in range(0, len(values), per_prompt)]
+
+
+def _win_rate(model: Sequence[float], sft: Sequence[float], per_prompt: int) -> Estimate:
+    """Share of answers that beat step 1's answer to the same prompt, ties one half; the interval is over prompts."""
+    return mean_interval(_by_prompt(pairwise_wins(model, sft), per_prompt))
+
+
+def _as_json(estimate: Estimate) -> dict[str, float]:
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "count": estimate.count}
+
+
+@torch.no_grad()
+def _clean_accuracy(context: StageContext, shares: dict[Step, Share], scorer: RewardScorer) -> Estimate:
+    """The reward model's accuracy on held-out pairs in their true order, without the labels' noise; ties one half."""
+    clean: list[Example] = []
+    for example in shares["reward"].eval:
+        answers = clean_comparison(example).answers
+        clean.append(Example(example.prompt, answers[0], answers, example.origin))
+    chat, _ = context.chat_format(str(context.inputs["reward"]))
+    pairs = reward_pairs(clean, chat, context.recipe.data.max_length, "drop")
+    scores: list[list[float]] = [[], []]
+    for part in micro_batches(pairs, BATCH):
+        for side in (0, 1):
+            batch = collate_sequences([pair[side] for pair in part], chat.pad_id).to(context.device)
+            with precision(context.device, context.dtype):
+                found: Tensor = answer_scores(scorer.model, batch.input_ids, batch.attention_mask, batch.lengths)
+            scores[side].extend(found.tolist())
+    wins = pairwise_wins(*scores)
+    return wilson_interval(sum(wins), len(wins))
+
+
+def _samples(
+    prompts: Sequence[PreparedPrompt], answers: dict[str, Answers], per_prompt: int, count: int
+) -> list[dict[str, Any]]:
+    samples = []
+    for index, prompt in enumerate(prompts[:count]):
+        first = index * per_prompt
+        sample: dict[str, Any] = {"prompt": [{"role": m.role, "content": m.content} for m in prompt.prompt.messages]}
+        for name, given in answers.items():
+            sample[name] = {"answer": given.texts[first], "score": given.scores[first]}
+            if given.gold:
+                sample[name]["gold"] = given.gold[first]
+        samples.append(sample)
+    return samples

@@ -1,0 +1,71 @@
+"""Pretraining text mixed into PPO (Ouyang et al. 2022, equation 2, last term), and the perplexity that shows what it
+keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from threefold.algo.losses import lm_loss_sum
+from threefold.config.recipe import MixtureSection
+from threefold.data.chat import ChatFormat
+from threefold.data.collate import collate_sequences, epoch_order, num_targets
+from threefold.data.text import chunk_documents, document_sequences, read_documents, split_documents
+from threefold.engine.device import precision
+from threefold.engine.train import micro_batches
+from threefold.models.forward import CausalForward
+from threefold.types import TokenSequence
+
+EVAL_BATCH = 16
+
+
+class PretrainingText:
+    """Chunks to train on, in a seeded order without end, and held-out documents to measure on."""
+
+    def __init__(self, settings: MixtureSection, chat: ChatFormat, context_length: int, seed: int) -> None:
+        documents, held_out = split_documents(read_documents(settings.source), settings.eval_documents)
+        self._chunks = chunk_documents(documents, chat.tokenizer, settings.chunk_length, chat.stop_ids)
+        self._held_out = document_sequences(held_out, chat.tokenizer, context_length, chat.stop_ids)
+        self._settings, self._pad_id, self._seed = settings, chat.pad_id, seed
+        self._num_batches = 0
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def _next_batch(self) -> list[TokenSequence]:
+        """The next chunks; passes over the text follow each other, each in its own order."""
+        size, count = self._settings.batch_size, len(self._chunks)
+        start = self._num_batches * size
+        self._num_batches += 1
+        picked = range(start, start + size)
+        orders = {epoch: epoch_order(count, self._seed, epoch) for epoch in {index // count for index in picked}}
+        return [self._chunks[orders[index // count][index % count]] for index in picked]
+
+    def losses(
+        self, forward: CausalForward, micro_batch_size: int, device: torch.device
+    ) -> tuple[Callable[[], Tensor], ...]:
+        """Closures over the next batch's micro-batches; together they are coef * mean LM loss per token."""
+        batch = self._next_batch()
+        count = num_targets(batch)
+        return tuple(
+            lambda part=part: self._settings.coef / count * _loss_sum(forward, part, self._pad_id, device)
+            for part in micro_batches(batch, micro_batch_size)
+        )
+
+    @torch.no_grad()
+    def perplexity(self, forward: CausalForward, device: torch.device, dtype: torch.dtype) -> float:
+        """exp(mean negative log-likelihood per token) of the held-out documents."""
+        total = 0.0
+        for part in micro_batches(self._held_out, EVAL_BATCH):
+            with precision(device, dtype):
+                total += float(_loss_sum(forward, part, self._pad_id, device))
+        return math.exp(total / num_targets(self._held_out))
+
+
+def _loss_sum(forward: CausalForward, sequences: Sequence[TokenSequence], pad_id: int, device: torch.device) -> Tensor:
+    batch = collate_sequences(sequences, pad_id).to(device)
+    logprobs, _ = forward.target_logprobs(batch.input_ids, batch.attention_mask, batch.target_mask)
+    return lm_loss_sum(logprobs, torch.ones_like(logprobs, dtype=torch.bool))

@@ -1,0 +1,265 @@
+"""Step 3, PPO: sample answers, score them, improve the policy (Ouyang et al. 2022, section 3.5; Ziegler et al.
+2019)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from threefold.algo.kl import adapt_kl_coef
+from threefold.algo.statistics import standard_error
+from threefold.config.recipe import PPOSection
+from threefold.data.chat import ChatFormat
+from threefold.data.collate import epoch_order
+from threefold.data.prepare import PreparedPrompt, ppo_prompts
+from threefold.engine.device import precision
+from threefold.engine.train import TrainEngine
+from threefold.inference.generate import generate
+from threefold.models.forward import CausalForward
+from threefold.models.loading import (
+    context_length,
+    load_causal_lm,
+    load_scalar_model,
+    save_model,
+    set_dropout,
+    set_score_statistics,
+)
+from threefold.stages.context import StageContext
+from threefold.stages.mixture import PretrainingText
+from threefold.stages.ppo_update import Learners, update
+from threefold.stages.rollout import RewardScorer, ScoredBatch, Scorers, make_experience
+from threefold.types import Rollout
+
+AUTO_PARITY_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+EVAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that lives through the stage."""
+
+    chat: ChatFormat
+    learners: Learners
+    scorers: Scorers
+    prompts: list[PreparedPrompt]
+    eval_prompts: list[PreparedPrompt]
+    text: PretrainingText | None
+    num_iterations: int
+    sampler: torch.Generator
+
+
+def run(context: StageContext) -> dict[str, float]:
+    """Fill `context.output` with actor/, actor_ema/ and critic/; return what changed on held-out prompts."""
+    settings = context.recipe.ppo
+    setup = _set_up(context)
+    batches = prompt_batches(setup.prompts, settings, context.recipe.run.seed)
+    kl_coef = settings.kl_coef
+    before = evaluate(context, setup)
+    context.log.log(0, before)
+    after = before
+    with context.log.progress("ppo   ", setup.num_iterations) as bar:
+        for iteration in range(setup.num_iterations):
+            started = time.perf_counter()
+            prompts = next(batches)
+            rollouts = sample(context, setup, prompts)
+            sampled = time.perf_counter()
+            batch = make_experience(prompts, rollouts, setup.scorers, settings, kl_coef)
+            scored = time.perf_counter()
+            losses = _update(context, setup, batch, iteration)
+            ended = time.perf_counter()
+            metrics = _metrics(batch, rollouts, kl_coef) | losses | _timing(started, sampled, scored, ended, rollouts)
+            context.log.log(iteration + 1, metrics)
+            bar.advance(score=metrics["objective/scores"], kl=metrics["objective/kl"])
+            if settings.kl_controller == "adaptive":
+                kl_coef = adapt_kl_coef(
+                    kl_coef, metrics["objective/kl"], settings.kl_target, len(rollouts), settings.kl_horizon
+                )
+            last = iteration + 1 == setup.num_iterations
+            if last or (settings.eval_every and (iteration + 1) % settings.eval_every == 0):
+                after = evaluate(context, setup)
+                context.log.log(iteration + 1, after)
+    _save(context, setup)
+    return {
+        **after,
+        **{f"initial/{name}": value for name, value in before.items()},
+        "num_iterations": setup.num_iterations,
+    }
+
+
+def prompt_batches(prompts: list[PreparedPrompt], settings: PPOSection, seed: int) -> Iterator[list[PreparedPrompt]]:
+    """Batches of prompts without end, each prompt repeated answers_per_prompt times; every pass has its own order."""
+    queue: list[PreparedPrompt] = []
+    epoch = 0
+    while True:
+        while len(queue) < settings.prompts_per_iteration:
+            queue.extend(prompts[index] for index in epoch_order(len(prompts), seed, epoch))
+            epoch += 1
+        batch, queue = queue[: settings.prompts_per_iteration], queue[settings.prompts_per_iteration :]
+        yield [prompt for prompt in batch for _ in range(settings.answers_per_prompt)]
+
+
+def sample(
+    context: StageContext, setup: Setup, prompts: list[PreparedPrompt], sampler: torch.Generator | None = None
+) -> list[Rollout]:
+    """One answer to each prompt, from the weights as they are now."""
+    with precision(context.device, context.dtype):
+        return generate(
+            setup.learners.actor_forward,
+            [prompt.ids for prompt in prompts],
+            context.recipe.ppo.sampling,
+            setup.chat.stop_ids,
+            sampler or setup.sampler,
+            policy_version=setup.learners.actor.num_steps,
+        )
+
+
+def evaluate(context: StageContext, setup: Setup) -> dict[str, float]:
+    """Score and KL of fresh answers to held-out prompts (always from the same random numbers), and the text's
+    perplexity."""
+    settings = context.recipe.ppo
+    sampler = torch.Generator(context.device).manual_seed(context.recipe.run.seed + 1)
+    scores: list[float] = []
+    kl: list[float] = []
+    for start in range(0, len(setup.eval_prompts), EVAL_BATCH):
+        prompts = setup.eval_prompts[start : start + EVAL_BATCH]
+        batch = make_experience(prompts, sample(context, setup, prompts, sampler), setup.scorers, settings, 0.0)
+        scores.extend(experience.score for experience in batch.experiences)
+        kl.extend(batch.kl.tolist())
+    metrics = {
+        "ppo/eval_score": math.fsum(scores) / len(scores),
+        "ppo/eval_score_standard_error": standard_error(scores),
+        "ppo/eval_kl": math.fsum(kl) / len(kl),
+    }
+    if setup.text is not None:
+        metrics["ppo/eval_text_perplexity"] = setup.text.perplexity(
+            setup.learners.actor_forward, context.device, context.dtype
+        )
+    return metrics
+
+
+def _set_up(context: StageContext) -> Setup:
+    recipe, settings = context.recipe, context.recipe.ppo
+    sft, reward = str(context.inputs["sft"]), str(context.inputs["reward"])
+    chat, _ = context.chat_format(sft)
+    reward_chat, _ = context.chat_format(reward)
+    actor = load_causal_lm(sft).to(context.device)
+    reward_model = load_scalar_model(reward).to(context.device).requires_grad_(False)
+    scorer = RewardScorer(
+        reward_model, reward_chat, chat, recipe.model.retokenise_for_reward, context.device, context.dtype
+    )
+    if scorer.same_tokens:
+        critic = load_scalar_model(reward)
+    else:  # the critic reads the actor's tokens, which this reward model cannot: it starts from the actor
+        critic = load_scalar_model(sft, new_head_seed=recipe.run.seed)
+        set_score_statistics(critic, 0.0, 1.0)
+    critic.to(context.device)
+    reference = CausalForward(load_causal_lm(sft).to(context.device).requires_grad_(False))
+    for model in (actor, critic):
+        set_dropout(model, 0.0)  # the ratio compares two passes of one policy: nothing random may differ between them
+    longest = recipe.data.max_prompt_length + settings.sampling.max_new_tokens
+    for which, model in (("model", actor), ("critic", critic)):
+        context.check_length("data.max_prompt_length + ppo.sampling.max_new_tokens", longest, model, which)
+    share = context.shares()["ppo"]
+    limits = (recipe.data.max_prompt_length, recipe.data.long_rows, context.log.note)
+    prompts = ppo_prompts(share.train, chat, *limits)
+    eval_prompts = ppo_prompts(share.eval, chat, *limits)[: settings.num_eval_prompts]
+    num_iterations = settings.iterations or max(settings.epochs * len(prompts) // settings.prompts_per_iteration, 1)
+    context.log.note(
+        f"step 3, ppo: {len(prompts)} prompts to answer in {num_iterations} iterations, {len(eval_prompts)} held out"
+    )
+    text = None
+    if settings.mixture.source:
+        limit = context_length(actor) or settings.mixture.chunk_length
+        context.check_length("ppo.mixture.chunk_length", settings.mixture.chunk_length, actor)
+        text = PretrainingText(settings.mixture, chat, limit, recipe.run.seed)
+    steps_per_iteration = settings.ppo_epochs * settings.minibatches
+    where = (context.device, context.dtype)
+    learners = Learners(
+        actor=TrainEngine(
+            actor,
+            settings.optimizer("actor"),
+            (num_iterations - settings.critic_warmup_iterations) * steps_per_iteration,
+            *where,
+            "step 3, ppo, actor",
+            settings.ema.decay if settings.ema.enabled else None,
+        ),
+        actor_forward=CausalForward(actor),
+        critic=TrainEngine(
+            critic, settings.optimizer("critic"), num_iterations * steps_per_iteration, *where, "step 3, ppo, critic"
+        ),
+        critic_model=critic,
+        pad_id=chat.pad_id,
+        device=context.device,
+    )
+    scorers = Scorers(reference, critic, scorer, chat.pad_id, *where)
+    sampler = torch.Generator(context.device).manual_seed(recipe.run.seed)
+    return Setup(chat, learners, scorers, prompts, eval_prompts, text, num_iterations, sampler)
+
+
+def _update(context: StageContext, setup: Setup, batch: ScoredBatch, iteration: int) -> dict[str, float]:
+    settings, text = context.recipe.ppo, setup.text
+    mixture = None
+    if text is not None and settings.mixture.coef > 0:
+
+        def mixture() -> tuple[Callable[[], Tensor], ...]:
+            return text.losses(setup.learners.actor_forward, settings.micro_batch_size, context.device)
+
+    return update(
+        batch.experiences,
+        setup.learners,
+        settings,
+        seed=context.recipe.run.seed,
+        iteration=iteration,
+        train_actor=iteration >= settings.critic_warmup_iterations,
+        parity_bound=settings.parity_bound or AUTO_PARITY_BOUND[context.dtype],
+        mixture=mixture,
+    )
+
+
+def _metrics(batch: ScoredBatch, rollouts: list[Rollout], kl_coef: float) -> dict[str, float]:
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    stopped = sum(rollout.finish_reason == "stop" for rollout in rollouts)
+    surprisal = math.fsum(-float(rollout.logprobs.sum()) for rollout in rollouts)
+    restricted = [float((r.sampled_logprobs - r.logprobs).mean()) for r in rollouts]
+    return {
+        "objective/scores": math.fsum(experience.score for experience in batch.experiences) / len(rollouts),
+        "objective/shaped_scores": float(batch.shaped_scores.mean()),
+        "objective/kl": float(batch.kl.mean()),
+        "objective/rlhf_reward": float(batch.rlhf_reward.mean()),
+        "objective/entropy": surprisal / len(rollouts),
+        "objective/kl_coef": kl_coef,
+        "sampling/restriction_logprob": math.fsum(restricted) / len(restricted),
+        "response_length/mean": sum(lengths) / len(lengths),
+        "response_length/max": max(lengths),
+        "response_length/stopped": stopped / len(rollouts),
+    }
+
+
+def _timing(started: float, sampled: float, scored: float, ended: float, rollouts: list[Rollout]) -> dict[str, float]:
+    tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+    return {
+        "timing_s/generate": sampled - started,
+        "timing_s/score": scored - sampled,
+        "timing_s/update": ended - scored,
+        "perf/tokens_per_s": tokens / (ended - started),
+    }
+
+
+def _save(context: StageContext, setup: Setup) -> None:
+    chat, learners = setup.chat, setup.learners
+    actor, ema = learners.actor_forward.model, learners.actor.ema
+
+    def save(name: str, model: PreTrainedModel) -> None:
+        save_model(model, chat.tokenizer, context.output / name, chat.stop_ids, chat.pad_id)
+
+    save("actor", actor)
+    save("critic", learners.critic_model)
+    if ema is not None:
+        with ema.applied_to(actor):
+            save("actor_ema", actor)

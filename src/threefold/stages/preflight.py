@@ -1,0 +1,72 @@
+"""What can be found wrong before the first step is run, so that hours of step 1 are not lost to a mistake in step 3.
+
+Everything here is checked again by the step that it concerns; this only brings the refusal forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from threefold.data.chat import ChatFormat
+from threefold.data.prepare import load_examples, ppo_prompts, reward_pairs, sft_sequences
+from threefold.data.text import read_documents, split_documents
+from threefold.models.loading import config_context_length, load_config
+from threefold.stages.context import EMBEDDED, StageContext
+from threefold.stages.rollout import check_same_tokens
+
+
+def check(context: StageContext, steps: Collection[str]) -> None:
+    """Refuse a recipe whose `steps` (those that are not finished) cannot all be run.
+
+    The embedded model's tokenizer is made in step 1, so its renderings are checked there; all else is checked here:
+    sources
+    and split, tokenizers and templates, equal vocabularies, lengths against the contexts and the recipe's limits,
+    mixture text.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as the step itself would.
+    """
+    recipe = context.recipe
+    for note in load_examples(recipe).notes:
+        context.log.note(note)
+    shares = context.shares()
+    actor = reward = None
+    if recipe.model.actor != EMBEDDED:
+        actor, _ = context.chat_format(recipe.model.actor)
+    if recipe.model.reward:
+        reward, _ = context.chat_format(recipe.model.reward)
+    if actor is not None and reward is not None and "ppo" in steps:
+        check_same_tokens(reward, actor, recipe.model.retokenise_for_reward)
+    _check_lengths(context, steps)
+    data = recipe.data
+    if actor is not None and "sft" in steps:
+        for part in (shares["sft"].train, shares["sft"].eval):
+            sft_sequences(part, actor, data.max_length, recipe.sft.loss_on, data.long_rows)
+    judge: ChatFormat | None = reward or (None if recipe.model.reward else actor)
+    if judge is not None and "reward" in steps:
+        for part in (shares["reward"].train, shares["reward"].eval):
+            reward_pairs(part, judge, data.max_length, data.long_rows)
+    if actor is not None and "ppo" in steps:
+        for part in (shares["ppo"].train, shares["ppo"].eval):
+            ppo_prompts(part, actor, data.max_prompt_length, data.long_rows)
+    if recipe.ppo.mixture.source and "ppo" in steps:
+        split_documents(read_documents(recipe.ppo.mixture.source), recipe.ppo.mixture.eval_documents)
+
+
+def _check_lengths(context: StageContext, steps: Collection[str]) -> None:
+    recipe = context.recipe
+    limits = {}
+    if recipe.model.actor == EMBEDDED:
+        limits["actor"] = recipe.model.embedded.max_positions
+    for which, source in (("actor", recipe.model.actor), ("reward model", recipe.model.reward)):
+        if source and source != EMBEDDED:
+            limit = config_context_length(load_config(source))
+            if limit is not None:
+                limits[which] = limit
+    supervised = [name for name, step in (("actor", "sft"), ("reward model", "reward")) if step in steps]
+    for which in supervised:
+        if which in limits:
+            context.check_limit("data.max_length", recipe.data.max_length, limits[which], which)
+    if "ppo" in steps and "actor" in limits:
+        longest = recipe.data.max_prompt_length + recipe.ppo.sampling.max_new_tokens
+        context.check_limit("data.max_prompt_length + ppo.sampling.max_new_tokens", longest, limits["actor"], "actor")

@@ -1,0 +1,193 @@
+"""From prompts to experience: sample answers, score them under reference, critic and reward model, estimate
+advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from threefold.algo.advantages import estimate_advantages
+from threefold.algo.kl import kl_per_token
+from threefold.algo.masked import whiten
+from threefold.algo.rewards import shape_scores, token_rewards
+from threefold.config.recipe import PPOSection
+from threefold.data.chat import ChatFormat
+from threefold.data.collate import RolloutBatch, collate_rollouts, collate_sequences, pad_ragged
+from threefold.data.prepare import PreparedPrompt
+from threefold.engine.device import precision
+from threefold.engine.train import micro_batches
+from threefold.errors import ConfigError, DataError
+from threefold.models.forward import CausalForward, answer_scores, target_values
+from threefold.models.loading import context_length, score_statistics
+from threefold.types import Experience, Message, Rollout, TokenSequence
+
+SCORING_BATCH = 64
+
+
+def same_tokens(first: ChatFormat, second: ChatFormat) -> bool:
+    """Whether ids rendered by one format mean the same under the other: equal vocabulary, equal template."""
+    return (
+        first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+        and first.tokenizer.chat_template == second.tokenizer.chat_template
+    )
+
+
+def check_same_tokens(reward_chat: ChatFormat, actor_chat: ChatFormat, allow_retokenise: bool) -> bool:
+    """Whether the reward model can read the actor's tokens; refused if not, unless the recipe allows the way through
+    text."""
+    same = same_tokens(reward_chat, actor_chat)
+    if not same and not allow_retokenise:
+        raise ConfigError(
+            f"model.reward: its vocabulary ({len(reward_chat.tokenizer)} tokens) or chat template is not the actor's "
+            f"({len(actor_chat.tokenizer)} tokens); set --model.retokenise_for_reward true to pass answers through text"
+        )
+    return same
+
+
+class RewardScorer:
+    """Scores whole answers with a reward model, in the reward model's own units.
+
+    With the actor's vocabulary and template the very tokens that were sampled are scored. Otherwise, and only if the
+    recipe allows
+    it, prompt and answer go through text and are rendered anew; an answer that was cut stays without its stop token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: ChatFormat,
+        actor_chat: ChatFormat,
+        allow_retokenise: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.mean_and_scale = model, score_statistics(model)
+        self._chat, self._actor_chat, self._device, self._dtype = chat, actor_chat, device, dtype
+        self.same_tokens = check_same_tokens(chat, actor_chat, allow_retokenise)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[tuple[Message, ...]], rollouts: Sequence[Rollout]) -> Tensor:
+        """Scores [B] float32 on the CPU of `rollouts`, answers to the conversations `prompts`."""
+        self.model.eval()
+        scores = []
+        for pairs in micro_batches(list(zip(prompts, rollouts, strict=True)), SCORING_BATCH):
+            sequences = [self._sequence(messages, rollout) for messages, rollout in pairs]
+            batch = collate_sequences(sequences, self._chat.pad_id).to(self._device)
+            with precision(self._device, self._dtype):
+                scores.append(answer_scores(self.model, batch.input_ids, batch.attention_mask, batch.lengths).cpu())
+        return torch.cat(scores)
+
+    def _sequence(self, messages: tuple[Message, ...], rollout: Rollout) -> TokenSequence:
+        prompt: tuple[int, ...] = tuple(rollout.prompt_ids.tolist())
+        answer: tuple[int, ...] = tuple(rollout.response_ids.tolist())
+        if not self.same_tokens:
+            text = self._actor_chat.decode(answer)
+            prompt = self._chat.prompt_ids(messages)
+            render = self._chat.answer_ids if rollout.finish_reason == "stop" else self._chat.unfinished_answer_ids
+            answer = render(messages, text)
+            limit, length = context_length(self.model), len(prompt) + len(answer)
+            if limit is not None and length > limit:
+                raise DataError(
+                    f"a prompt with its answer has {length} tokens in the reward model's vocabulary, more than its "
+                    f"context of {limit}: lower data.max_prompt_length or ppo.sampling.max_new_tokens"
+                )
+        return TokenSequence(prompt + answer, (False,) * len(prompt) + (True,) * len(answer), len(prompt))
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """What judges rollouts: the frozen reference, the critic as it is now, the frozen reward model."""
+
+    reference: CausalForward
+    critic: PreTrainedModel
+    reward: RewardScorer
+    pad_id: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def response_logprobs(forward: CausalForward, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token of a padded batch, flat: [M] each, row by row."""
+    return forward.target_logprobs(batch.input_ids, batch.attention_mask, batch.target_mask, temperature)
+
+
+@torch.no_grad()
+def per_rollout(
+    rollouts: Sequence[Rollout], scorers: Scorers, compute: Callable[[RolloutBatch], Tensor]
+) -> list[Tensor]:
+    """Apply `compute` (padded batch -> flat [M]) in scoring batches and cut the result into one [R] tensor per
+    rollout, on the CPU."""
+    pieces: list[Tensor] = []
+    for part in micro_batches(rollouts, SCORING_BATCH):
+        batch = collate_rollouts(part, scorers.pad_id).to(scorers.device)
+        with precision(scorers.device, scorers.dtype):
+            flat = compute(batch).cpu()
+        pieces.extend(flat.split([len(rollout.response_ids) for rollout in part]))
+    return pieces
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """A batch of experience with the numbers that are reported about it.
+
+    Attributes:
+        experiences: one per rollout.
+        kl: [B], KL(policy || reference) per answer, nats: the sum over its tokens of logprob - ref_logprob.
+        rlhf_reward: [B], sum of the per-token rewards.
+        shaped_scores: [B], normalised, clipped, penalised scores.
+    """
+
+    experiences: list[Experience]
+    kl: Tensor
+    rlhf_reward: Tensor
+    shaped_scores: Tensor
+
+
+def make_experience(
+    prompts: Sequence[PreparedPrompt],
+    rollouts: Sequence[Rollout],
+    scorers: Scorers,
+    settings: PPOSection,
+    kl_coef: float,
+) -> ScoredBatch:
+    """Score rollouts and estimate advantages: everything that the update needs, computed once."""
+    temperature = settings.sampling.temperature
+    scorers.critic.eval()
+    ref_logprobs = per_rollout(rollouts, scorers, lambda b: response_logprobs(scorers.reference, b, temperature)[0])
+    values = per_rollout(
+        rollouts, scorers, lambda b: target_values(scorers.critic, b.input_ids, b.attention_mask, b.target_mask)
+    )
+    scores = scorers.reward([prompt.prompt.messages for prompt in prompts], rollouts)
+
+    padded_logprobs, mask = pad_ragged([rollout.logprobs for rollout in rollouts])
+    padded_ref, _ = pad_ragged(ref_logprobs)
+    padded_values, _ = pad_ragged(values)
+    finished = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
+    mean, scale = scorers.reward.mean_and_scale if settings.normalise_reward else (0.0, 1.0)
+    shaped = shape_scores(scores, finished, mean, scale, settings.reward_clip, settings.missing_stop_penalty)
+    kl = kl_per_token(padded_logprobs, padded_ref, settings.kl_estimator)
+    rewards = token_rewards(shaped, kl, mask, kl_coef)
+    advantages, returns = estimate_advantages(rewards, padded_values, mask, settings.gamma, settings.gae_lambda)
+    if settings.whiten_advantages:
+        advantages = whiten(advantages, mask)
+
+    experiences = []
+    for row, rollout in enumerate(rollouts):
+        length = len(rollout.response_ids)
+        experiences.append(
+            Experience(
+                rollout=rollout,
+                score=float(scores[row]),
+                ref_logprobs=ref_logprobs[row],
+                values=values[row],
+                rewards=rewards[row, :length],
+                advantages=advantages[row, :length],
+                returns=returns[row, :length],
+            )
+        )
+    log_ratio = torch.where(mask, padded_logprobs - padded_ref, torch.zeros_like(padded_ref))
+    return ScoredBatch(experiences, log_ratio.sum(dim=1), rewards.sum(dim=1), shaped)
