@@ -234,8 +234,8 @@ def test_check_imports_inside_functions_finds() -> None:
 
 # ---------------------------------------------------------------------------------------------- declared libraries
 
-COME_WITH = {"pydantic_core": "pydantic", "annotated_types": "pydantic"}
-"""Parts of a declared library that have a name of their own."""
+COME_WITH = {"pydantic_core": "pydantic", "annotated_types": "pydantic", "huggingface_hub": "transformers"}
+"""Parts of a declared library that have a name of their own, and what it raises errors of."""
 
 NEEDED_UNSEEN = {"tensorboard"}
 """Imported for us by another library (torch.utils.tensorboard)."""

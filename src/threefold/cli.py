@@ -1,0 +1,129 @@
+"""The command `threefold`: each sub-command reads its few flags and hands over to what does the work."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from threefold import __version__
+from threefold.config.arguments import CommandParser, add_step_flag, chosen_steps, given_arguments
+from threefold.config.fields import fields_help, recipe_markdown
+from threefold.config.load import dump_recipe, load_recipe
+from threefold.errors import ConfigError, ThreefoldError
+from threefold.pipeline import run_pipeline
+from threefold.serve.chat import run_chat
+from threefold.serve.options import ChatOptions
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+TRAINING_INTERRUPTED = "interrupted; finished steps are kept, run the same command again to go on"
+
+_HELP = """usage: threefold COMMAND ...
+
+A pretrained language model becomes a chat model in three steps: supervised fine-tuning, reward model, PPO.
+
+commands:
+  train [RECIPE.toml]   run the three steps; run it again to go on where it stopped
+  chat DIR              talk with a finished model
+  recipe [RECIPE.toml]  print a recipe with every field filled in
+
+  threefold COMMAND --help   the flags of one command; train's lists every field of the recipe
+  threefold --version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
+    arguments = given_arguments(argv)
+    return run_guarded(_run_command, arguments, TRAINING_INTERRUPTED if arguments[:1] == ["train"] else "interrupted")
+
+
+def run_guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str], on_interrupt: str) -> int:
+    """Run a command; what its user can mend is one line on stderr, and all else keeps its traceback."""
+    try:
+        command(arguments)
+        sys.stdout.flush()
+    except ThreefoldError as error:
+        print(f"threefold: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print(f"\n{on_interrupt}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader of our output has gone (`threefold recipe | head`); Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return 0
+
+
+def _run_command(arguments: Sequence[str]) -> None:
+    commands = {"train": _train, "chat": _chat, "recipe": _recipe}
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help"):
+        sys.stdout.write(_HELP)
+    elif first == "--version":
+        print(f"threefold {__version__}")
+    elif first in commands:
+        commands[first](arguments[1:])
+    else:
+        nearest = difflib.get_close_matches(first, [*commands, "--help", "--version"], n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "threefold --help lists the commands"
+        raise ConfigError(f"unknown command {first!r}: {hint}")
+
+
+def _train(arguments: Sequence[str]) -> None:
+    parser = CommandParser(
+        prog="threefold train",
+        usage="threefold train [RECIPE.toml] [--output-dir DIR] [--step 1 2 3] [--SECTION.FIELD VALUE ...]",
+        description="Run the three steps. Finished ones are skipped, and a changed field reruns what depends on it.\n\n"
+        "  threefold train recipes/demo.toml\n"
+        "  threefold train recipes/demo.toml --ppo.kl_coef 0.05 --step 3",
+        epilog="fields of the recipe, with their defaults:\n\n" + fields_help(),
+    )
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="default: the embedded demo")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="run directory (default: runs/NAME)")
+    add_step_flag(parser)
+    own, overrides = parser.split(arguments)
+    flags = parser.parse_own(own)
+    recipe = load_recipe(flags.recipe, overrides)
+    default_dir = Path(recipe.run.output_dir or Path("runs") / recipe.run.name)
+    run_pipeline(recipe, chosen_steps(flags), flags.output_dir or default_dir)
+
+
+def _chat(arguments: Sequence[str]) -> None:
+    defaults = ChatOptions(path="")
+    parser = CommandParser(
+        prog="threefold chat",
+        description="Talk with a model. `clear` forgets the conversation, `quit` ends.",
+    )
+    parser.add_argument("path", metavar="DIR", help="checkpoint directory (runs/demo/ppo/actor) or Hub id")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="longest answer"
+    )
+    parser.add_argument("--temperature", type=float, default=defaults.temperature, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=defaults.top_k, metavar="K", help="0 keeps all tokens")
+    parser.add_argument("--top-p", type=float, default=defaults.top_p, metavar="P", help="1 keeps all tokens")
+    parser.add_argument("--greedy", action="store_const", const=0.0, dest="temperature", help="same as --temperature 0")
+    parser.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="seed of the sampling")
+    parser.add_argument("--system", default=defaults.system, metavar="TEXT", help="system message")
+    parser.add_argument("--template", default=defaults.template, metavar="NAME", help="chat template, as in the recipe")
+    parser.add_argument("--device", default=defaults.device, choices=["auto", "cpu", "cuda", "mps"])
+    run_chat(ChatOptions(**vars(parser.parse(arguments))))
+
+
+def _recipe(arguments: Sequence[str]) -> None:
+    parser = CommandParser(
+        prog="threefold recipe",
+        usage="threefold recipe [RECIPE.toml] [--SECTION.FIELD VALUE ...] | threefold recipe --markdown",
+        description="Print a recipe with every field filled in, as TOML that can be run.",
+    )
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="default: the embedded demo")
+    parser.add_argument("--markdown", action="store_true", help="print the reference of all fields (docs/recipe.md)")
+    own, overrides = parser.split(arguments)
+    flags = parser.parse_own(own)
+    recipe = load_recipe(flags.recipe, overrides)
+    sys.stdout.write(recipe_markdown() if flags.markdown else dump_recipe(recipe))

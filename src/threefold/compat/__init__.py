@@ -1,0 +1,1 @@
+"""DeepSpeed-Chat's commands and names, mapped onto threefold's own."""

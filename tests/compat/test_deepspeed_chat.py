@@ -1,0 +1,127 @@
+"""DeepSpeed-Chat's two commands stand for the recipes that its one-GPU scripts describe."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from threefold.compat import deepspeed_chat
+from threefold.config.load import load_recipe
+from threefold.config.recipe import Recipe
+from threefold.errors import ConfigError
+from threefold.serve.options import ChatOptions
+
+ROOT = Path(__file__).parents[2]
+USUAL = ["--actor-model", "facebook/opt-1.3b", "--reward-model", "facebook/opt-350m", "--deployment-type", "single_gpu"]
+
+
+def test_the_usual_command_stands_for_their_single_gpu_scripts() -> None:
+    """Numbers from the published run scripts for one GPU: micro-batches times accumulation, rates, lengths."""
+    recipe, steps, output_dir = deepspeed_chat.read_train_flags([*USUAL, "--data-path", "demo"])
+    assert (steps, output_dir) == ((1, 2, 3), Path("output"))
+    assert (recipe.model.actor, recipe.model.reward) == ("facebook/opt-1.3b", "facebook/opt-350m")
+    assert recipe.model.chat_template == "dialogue"
+    assert (recipe.run.name, recipe.run.seed) == ("opt-1.3b-opt-350m", 1234)
+    assert (recipe.data.sources, recipe.data.split, recipe.data.max_length) == (["demo"], [2, 4, 4], 512)
+    assert (recipe.sft.learning_rate, recipe.sft.batch_size, recipe.sft.weight_decay) == (9.65e-6, 16 * 8, 0)
+    assert (recipe.reward.learning_rate, recipe.reward.batch_size, recipe.reward.weight_decay) == (5e-5, 16 * 4, 0.1)
+    assert (recipe.ppo.actor_learning_rate, recipe.ppo.critic_learning_rate) == (9.65e-6, 5e-6)
+    assert recipe.ppo.prompts_per_iteration * recipe.ppo.answers_per_prompt // recipe.ppo.minibatches == 16 * 2
+    assert (recipe.data.max_prompt_length, recipe.ppo.sampling.max_new_tokens) == (256, 256)
+    assert (recipe.ppo.warmup_steps, recipe.ppo.epochs, recipe.ppo.ppo_epochs) == (100, 1, 1)
+    assert (recipe.ppo.kl_coef, recipe.ppo.reward_clip, recipe.ppo.clip_range) == (0.1, 5.0, 0.2)
+
+
+@pytest.mark.parametrize("spell", [lambda flag: flag, lambda flag: "--" + flag[2:].replace("-", "_")])
+def test_both_spellings_sizes_steps_and_overrides(tmp_path: Path, spell: Callable[[str], str]) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.touch()
+    arguments = [spell("--actor-model"), "6.7B", spell("--reward-model"), "350m", "--step", "2", "3"]
+    arguments += [spell("--data-path"), *map(str, files), spell("--output-dir"), "out", "--ppo.kl_coef", "0.05"]
+    arguments += [spell("--actor-zero-stage"), "0", "--sft.batch_size=4", "--sft.micro_batch_size", "2"]
+    recipe, steps, output_dir = deepspeed_chat.read_train_flags(arguments)
+    assert (recipe.model.actor, recipe.model.reward) == ("facebook/opt-6.7b", "facebook/opt-350m")
+    assert recipe.data.sources == [str(file) for file in files]
+    assert (steps, output_dir) == ((2, 3), Path("out"))
+    assert (recipe.ppo.kl_coef, recipe.sft.batch_size) == (0.05, 4)
+
+
+def test_a_directory_as_model_gives_a_usable_name(tmp_path: Path) -> None:
+    model = str(tmp_path / "my model+")
+    recipe, _, _ = deepspeed_chat.read_train_flags(["--actor-model", model, "--data-path", "demo"])
+    assert (recipe.model.actor, recipe.run.name) == (model, "my-model-opt-350m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (USUAL, ["no data", "--data-path FILE", "rm-static"]),
+        ([*USUAL, "--data-path", "Dahoas/rm-static"], ["--data-path Dahoas/rm-static", "no such file", "jsonl"]),
+        (["--deployment-type", "single_node"], ["single_node", "comes with multi-process training"]),
+        (["--deployment-type", "multi_node"], ["multi_node", "comes with multi-process training"]),
+        (["--deployment-type", "singel_gpu"], ["singel_gpu", "use single_gpu"]),
+        (["--actor-zero-stage", "2"], ["--actor-zero-stage 2", "comes with multi-process training"]),
+        (["--reward_zero_stage", "3"], ["--reward-zero-stage 3", "comes with multi-process training"]),
+        (["--actor-model", "1.4b", "--data-path", "demo"], ["--actor-model 1.4b", "1.3b"]),
+        (["--actor-model", "", "--data-path", "demo"], ["--actor-model is empty"]),
+        (["--actor-modle", "1.3b"], ["unknown flag --actor-modle", "did you mean --actor-model?"]),
+        (["--data-path", "demo", "--ppo.klcoef", "1"], ["unknown field ppo.klcoef", "ppo.kl_coef"]),
+        (["--step", "0"], ["'0' is no step"]),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(arguments: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_chat.read_train_flags(arguments)
+    assert "\n" not in str(caught.value)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_the_printed_recipe_is_the_one_that_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[tuple[Recipe, tuple[int, ...], Path]] = []
+    monkeypatch.setattr(deepspeed_chat, "run_pipeline", lambda *arguments: ran.append(arguments))
+    deepspeed_chat.train([*USUAL, "--data_path", "demo", "--ppo.kl_coef", "0.05"])
+    printed = tmp_path / "recipe.toml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_recipe(printed, []) == ran[0][0]
+
+
+def test_chat_knows_path_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    chats: list[ChatOptions] = []
+    monkeypatch.setattr(deepspeed_chat, "run_chat", chats.append)
+    deepspeed_chat.chat(["--path", "some/dir"])
+    deepspeed_chat.chat(["--path", "some/dir", "--max_new_tokens", "256"])
+    assert chats == [ChatOptions("some/dir", max_new_tokens=128), ChatOptions("some/dir", max_new_tokens=256)]
+    with pytest.raises(ConfigError, match="--path"):
+        deepspeed_chat.chat([])
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [("train.py", "no data"), ("chat.py", "the following arguments are required: --path")],
+)
+def test_the_scripts_at_the_root_report_mistakes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, script: str, message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert err.startswith(f"threefold: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "chat.py"])
+def test_without_an_installation_the_scripts_say_what_to_run(script: str) -> None:
+    """-I -S hides site-packages, so that threefold cannot be found."""
+    finished = subprocess.run([sys.executable, "-I", "-S", str(ROOT / script)], capture_output=True, text=True)
+    assert finished.returncode != 0
+    assert finished.stderr == "threefold is not installed: run `make setup`, then use .venv/bin/python\n"

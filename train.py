@@ -1,0 +1,14 @@
+"""DeepSpeed-Chat's training command, on threefold: `python train.py --actor-model facebook/opt-1.3b ...`."""
+
+import sys
+
+try:
+    from threefold.cli import TRAINING_INTERRUPTED, run_guarded
+    from threefold.compat.deepspeed_chat import train
+except ModuleNotFoundError as error:
+    if error.name != "threefold":
+        raise
+    sys.exit("threefold is not installed: run `make setup`, then use .venv/bin/python")
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(train, sys.argv[1:], TRAINING_INTERRUPTED))
