@@ -17,6 +17,7 @@ from threefold.checkpoint import (
     building,
     content_hash,
     hash_of,
+    locked,
     read_json,
     recover,
     stage_record,
@@ -284,3 +285,28 @@ def test_content_hash_of_a_large_file_sees_its_size_and_its_ends(
     assert len({before, *changed}) == 6
     data = bytearray(4 * 2**20)
     assert hash_with() != hash_with(more=bytes(2**20))  # the ends are alike, the size is not
+
+
+def test_a_locked_directory_refuses_a_second_holder_and_is_free_again_afterwards(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        other = subprocess.run(
+            [sys.executable, "-c", LOCK_SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120
+        )
+        assert "another run is using this directory" in other.stdout
+    other = subprocess.run(
+        [sys.executable, "-c", LOCK_SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert other.stdout.strip() == "mine"
+
+
+LOCK_SCRIPT = """
+import sys
+from pathlib import Path
+from threefold.checkpoint import locked
+from threefold.errors import CheckpointError
+try:
+    with locked(Path(sys.argv[1])):
+        print("mine")
+except CheckpointError as error:
+    print(error)
+"""

@@ -302,7 +302,7 @@ def test_a_stage_that_fails_keeps_the_old_one(
     assert "step 2, reward" in line
     assert "learning" in line
     assert file_stamps(run) == before
-    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 def test_scores_that_are_not_finite_at_the_last_step_are_refused(

@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from threefold.errors import CheckpointError
 
 STAGE_FILE = "stage.json"
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "samples.jsonl"
 _HASHED_WHOLE_BYTES = 256 * 2**20
@@ -64,6 +67,27 @@ def read_record(path: Path, *fields: str) -> dict[str, Any] | None:
             f"{path}: is damaged (it has no field {missing[0]!r}); delete it, or choose another output directory"
         )
     return dict(record)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a run directory for the time of the block; the lock goes with the process, however it
+    ends.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    lock = FileLock(directory / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CheckpointError(
+            f"{directory}: another run is using this directory; wait for it, or choose another --output-dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

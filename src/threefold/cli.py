@@ -27,7 +27,7 @@ _HELP = """usage: threefold COMMAND ...
 A pretrained language model becomes a chat model in three steps: supervised fine-tuning, reward model, PPO.
 
 commands:
-  train [RECIPE.toml]   run the three steps; run it again to go on where it stopped
+  train RECIPE.toml     run the three steps; run it again to go on where it stopped
   chat DIR              talk with a finished model
   recipe [RECIPE.toml]  print a recipe with every field filled in
 
@@ -78,20 +78,25 @@ def _run_command(arguments: Sequence[str]) -> None:
 def _train(arguments: Sequence[str]) -> None:
     parser = CommandParser(
         prog="threefold train",
-        usage="threefold train [RECIPE.toml] [--output-dir DIR] [--step 1 2 3] [--SECTION.FIELD VALUE ...]",
+        usage="threefold train RECIPE.toml [--output-dir DIR] [--step 1 2 3] [--SECTION.FIELD VALUE ...]",
         description="Run the three steps. Finished ones are skipped, and a changed field reruns what depends on it.\n\n"
         "  threefold train recipes/demo.toml\n"
         "  threefold train recipes/demo.toml --ppo.kl_coef 0.05 --step 3",
         epilog="fields of the recipe, with their defaults:\n\n" + fields_help(),
     )
-    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="default: the embedded demo")
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="recipes/demo.toml, say")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="run directory (default: runs/NAME)")
     add_step_flag(parser)
     own, overrides = parser.split(arguments)
     flags = parser.parse_own(own)
     recipe = load_recipe(flags.recipe, overrides)
     default_dir = Path(recipe.run.output_dir or Path("runs") / recipe.run.name)
-    run_pipeline(recipe, chosen_steps(flags), flags.output_dir or default_dir)
+    steps = chosen_steps(flags)
+    if flags.recipe is None:
+        raise ConfigError(
+            "train needs a recipe: recipes/demo.toml is the embedded demo, docs/recipe.md lists all fields"
+        )
+    run_pipeline(recipe, steps, flags.output_dir or default_dir)
 
 
 def _chat(arguments: Sequence[str]) -> None:
@@ -121,7 +126,7 @@ def _recipe(arguments: Sequence[str]) -> None:
         usage="threefold recipe [RECIPE.toml] [--SECTION.FIELD VALUE ...] | threefold recipe --markdown",
         description="Print a recipe with every field filled in, as TOML that can be run.",
     )
-    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="default: the embedded demo")
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="default: the defaults")
     parser.add_argument("--markdown", action="store_true", help="print the reference of all fields (docs/recipe.md)")
     own, overrides = parser.split(arguments)
     flags = parser.parse_own(own)

@@ -22,12 +22,14 @@ import transformers
 from threefold import __version__
 from threefold.checkpoint import (
     EVALUATION_FILE,
+    LOCK_FILE,
     RUN_FILE,
     SAMPLES_FILE,
     STAGE_FILE,
     building,
     content_hash,
     hash_of,
+    locked,
     read_record,
     recover,
     stage_record,
@@ -139,9 +141,17 @@ def run_pipeline(recipe: Recipe, steps: tuple[int, ...], output_dir: Path) -> No
     """
     nodes = graph(recipe)
     keys = step_keys(nodes)
+    pick_device(recipe.run.device)  # before anything is written
+    _claim(output_dir, recipe)
+    with locked(output_dir):
+        _run_locked(nodes, keys, recipe, steps, output_dir)
+
+
+def _run_locked(
+    nodes: tuple[Step, ...], keys: Mapping[str, str], recipe: Recipe, steps: tuple[int, ...], output_dir: Path
+) -> None:
     device = pick_device(recipe.run.device)
     dtype = pick_dtype(recipe.run.dtype, device)
-    _claim(output_dir, recipe)
     for node in nodes:
         recover(output_dir / node.name)
     log = RunLog(output_dir)
@@ -166,7 +176,7 @@ def _claim(output_dir: Path, recipe: Recipe) -> None:
         raise ConfigError(f"{output_dir}: is a file; choose another --output-dir")
     record = read_record(output_dir / RUN_FILE, "name")
     if record is None:
-        if output_dir.is_dir() and any(output_dir.iterdir()):
+        if output_dir.is_dir() and any(path.name != LOCK_FILE for path in output_dir.iterdir()):
             raise CheckpointError(f"{output_dir}: is not empty and holds no run; choose another --output-dir")
     elif record["name"] != recipe.run.name:
         raise CheckpointError(
