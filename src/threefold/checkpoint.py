@@ -1,8 +1,8 @@
 """Run state on disk: finished stages as directories that appear whole or not at all, and run.json.
 
 A stage writes into a hidden directory beside its final place; only when it is complete, stage.json included, does it
-take that
-place. What stood there before stays until that moment, so an interrupted run loses nothing that was finished.
+take that place. What stood there before stays until that moment, so an interrupted run loses nothing that was
+finished.
 """
 
 from __future__ import annotations

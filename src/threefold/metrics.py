@@ -32,8 +32,7 @@ class RunLog:
     """Writes one run's metrics and talks to the console.
 
     metrics.jsonl is append-only: each line is {"stage", "step", ...values}; a line {"stage", "event": "start"} opens
-    each attempt
-    of a stage, so a reader takes what follows the last one.
+    each attempt of a stage, so a reader takes what follows the last one.
     """
 
     def __init__(self, directory: Path, console: Console | None = None) -> None:

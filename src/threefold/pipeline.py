@@ -1,8 +1,7 @@
 """The three steps as a resumable graph: each step's key is a hash of all that it depends on.
 
 A step whose directory carries its present key is finished and skipped; one whose key has changed runs again, and so
-does
-whatever depends on it. Nothing finished is removed before its replacement is complete.
+does whatever depends on it. Nothing finished is removed before its replacement is complete.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,9 @@ from threefold.stages.summary import closing_table
 
 FORMAT = 1
 """Raised when a step's meaning changes so that directories of an older version must not be taken for finished."""
+
+
+STEP_NUMBERS = {"sft": 1, "reward": 2, "ppo": 3}
 
 
 @dataclass(frozen=True)
@@ -136,38 +138,30 @@ def run_pipeline(recipe: Recipe, steps: tuple[int, ...], output_dir: Path) -> No
         output_dir: a new directory, or one that an earlier run of this recipe (by run.name) left.
 
     Raises:
-        CheckpointError: if the directory is another recipe's, or a step is wanted whose inputs are missing or out of
-            date.
+        CheckpointError: if the directory is another recipe's or in use, or a step is wanted whose inputs are missing or
+            out of date.
     """
     nodes = graph(recipe)
-    keys = step_keys(nodes)
-    pick_device(recipe.run.device)  # before anything is written
+    device = pick_device(recipe.run.device)
     _claim(output_dir, recipe)
     with locked(output_dir):
-        _run_locked(nodes, keys, recipe, steps, output_dir)
-
-
-def _run_locked(
-    nodes: tuple[Step, ...], keys: Mapping[str, str], recipe: Recipe, steps: tuple[int, ...], output_dir: Path
-) -> None:
-    device = pick_device(recipe.run.device)
-    dtype = pick_dtype(recipe.run.dtype, device)
-    for node in nodes:
-        recover(output_dir / node.name)
-    log = RunLog(output_dir)
-    try:
-        _write_run(output_dir, recipe, keys)
-        wanted = [node for node in nodes if node.number in steps]
-        pending = [node.name for node in wanted if not _is_finished(output_dir, node.name, keys)]
-        if pending:
-            preflight.check(StageContext(recipe, output_dir, {}, log, device, dtype), pending)
-        for node in wanted:
-            _run_step(node, keys, recipe, output_dir, log, device, dtype)
-        if 3 in steps:
-            _evaluate(nodes[-1], keys, recipe, output_dir, log, device, dtype)
-        closing_table(output_dir, recipe, keys, _finished_evaluation(output_dir, recipe, keys), log)
-    finally:
-        log.close()
+        log = RunLog(output_dir)
+        try:
+            run = Run(recipe, step_keys(nodes), output_dir, log, device, pick_dtype(recipe.run.dtype, device))
+            for node in nodes:
+                recover(output_dir / node.name)
+            write_json(output_dir / RUN_FILE, run.description())
+            wanted = [node for node in nodes if node.number in steps]
+            pending = [node.name for node in wanted if not run.is_finished(node.name)]
+            if pending:
+                preflight.check(run.context(output_dir, ()), pending)
+            for node in wanted:
+                run.step(node)
+            if 3 in steps:
+                run.evaluate()
+            closing_table(output_dir, recipe, run.keys, run.finished_evaluation(), log)
+        finally:
+            log.close()
 
 
 def _claim(output_dir: Path, recipe: Recipe) -> None:
@@ -189,13 +183,28 @@ def _claim(output_dir: Path, recipe: Recipe) -> None:
         raise ConfigError(f"{output_dir}: cannot be created ({error.strerror}); choose another --output-dir") from error
 
 
-def _write_run(output_dir: Path, recipe: Recipe, keys: Mapping[str, str]) -> None:
-    write_json(
-        output_dir / RUN_FILE,
-        {
-            "name": recipe.run.name,
-            "recipe": json.loads(recipe.model_dump_json()),
-            "keys": dict(keys),
+@dataclass(frozen=True)
+class Run:
+    """A recipe at work in its directory.
+
+    Attributes:
+        keys: the key that each step has under this recipe.
+        device, dtype: where, and in which precision, to compute.
+    """
+
+    recipe: Recipe
+    keys: Mapping[str, str]
+    directory: Path
+    log: RunLog
+    device: torch.device
+    dtype: torch.dtype
+
+    def description(self) -> dict[str, Any]:
+        """What run.json records."""
+        return {
+            "name": self.recipe.run.name,
+            "recipe": json.loads(self.recipe.model_dump_json()),
+            "keys": dict(self.keys),
             "environment": {
                 "threefold": __version__,
                 "python": sys.version.split()[0],
@@ -204,92 +213,72 @@ def _write_run(output_dir: Path, recipe: Recipe, keys: Mapping[str, str]) -> Non
                 "platform": platform.platform(),
                 "threads": torch.get_num_threads(),
             },
-        },
-    )
+        }
 
+    def context(self, output: Path, inputs: Sequence[str]) -> StageContext:
+        """What a stage is given: where to write, and the directories of these finished steps."""
+        directories = {name: self.directory / name for name in inputs}
+        return StageContext(self.recipe, output, directories, self.log, self.device, self.dtype)
 
-def _run_step(
-    node: Step,
-    keys: Mapping[str, str],
-    recipe: Recipe,
-    output_dir: Path,
-    log: RunLog,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    directory = output_dir / node.name
-    if _is_finished(output_dir, node.name, keys):
-        log.note(f"step {node.number}, {node.name}: finished earlier, skipped")
-        return
-    inputs = {name: _finished(output_dir, name, keys, node) for name in node.inputs}
-    make_repeatable(recipe.run)
-    started = time.perf_counter()
-    with log.stage(node.name, keys[node.name]), building(directory) as partial:
-        summary = node.run(StageContext(recipe, partial, inputs, log, device, dtype))
-        write_json(
-            partial / STAGE_FILE,
-            {
+    def is_finished(self, name: str) -> bool:
+        """Whether a step's directory holds its result under this recipe."""
+        record = stage_record(self.directory / name)
+        return record is not None and record["key"] == self.keys[name]
+
+    def step(self, node: Step) -> None:
+        """Run a step into its directory, unless it is finished."""
+        if self.is_finished(node.name):
+            self.log.note(f"step {node.number}, {node.name}: finished earlier, skipped")
+            return
+        self._demand_inputs(node.number, node.inputs)
+        make_repeatable(self.recipe.run)
+        key, started = self.keys[node.name], time.perf_counter()
+        with self.log.stage(node.name, key), building(self.directory / node.name) as partial:
+            summary = node.run(self.context(partial, node.inputs))
+            record = {
                 "stage": node.name,
-                "key": keys[node.name],
-                "inputs": {name: keys[name] for name in node.inputs},
+                "key": key,
+                "inputs": {name: self.keys[name] for name in node.inputs},
                 "settings": node.settings,
                 "seconds": round(time.perf_counter() - started, 2),
                 "summary": dict(summary),
-            },
-        )
+            }
+            write_json(partial / STAGE_FILE, record)
 
+    def _demand_inputs(self, number: int, inputs: Sequence[str]) -> None:
+        """Refuse to start step `number` from a step that is missing or was made with other settings."""
+        for name in inputs:
+            wanted = STEP_NUMBERS[name]
+            if stage_record(self.directory / name) is None:
+                raise CheckpointError(
+                    f"{self.directory / name}: step {number} needs step {wanted}, which has not finished; "
+                    f"add it: --step {wanted} {number}"
+                )
+            if not self.is_finished(name):
+                raise CheckpointError(
+                    f"{self.directory / name}: was made with other settings than the recipe has now; run it again "
+                    f"(--step {wanted} {number}) or go back to the settings in its stage.json"
+                )
 
-def _is_finished(output_dir: Path, name: str, keys: Mapping[str, str]) -> bool:
-    record = stage_record(output_dir / name)
-    return record is not None and record["key"] == keys[name]
+    def evaluate(self) -> None:
+        """Compare the steps' models, unless that is done already for these very models and settings."""
+        if self.finished_evaluation() is not None:
+            return
+        self._demand_inputs(3, ("sft", "reward"))
+        make_repeatable(self.recipe.run)
+        key, started = self._evaluation_key(), time.perf_counter()
+        with self.log.stage("evaluate", key):
+            result, samples = evaluate.run(self.context(self.directory, ("sft", "reward", "ppo")))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+        write_text(self.directory / SAMPLES_FILE, lines)
+        seconds = round(time.perf_counter() - started, 2)
+        write_json(self.directory / EVALUATION_FILE, {"key": key, "seconds": seconds, **result})
 
+    def finished_evaluation(self) -> dict[str, Any] | None:
+        """The comparison on disk, if it is of these very models and settings."""
+        record = read_record(self.directory / EVALUATION_FILE, "key", "models")
+        return record if record is not None and record["key"] == self._evaluation_key() else None
 
-def _finished(output_dir: Path, name: str, keys: Mapping[str, str], node: Step) -> Path:
-    """Directory of a finished, up-to-date input."""
-    number = {"sft": 1, "reward": 2}[name]
-    record = stage_record(output_dir / name)
-    if record is None:
-        raise CheckpointError(
-            f"{output_dir / name}: step {node.number} needs step {number}, which has not finished; "
-            f"add it: --step {number} {node.number}"
-        )
-    if record["key"] != keys[name]:
-        raise CheckpointError(
-            f"{output_dir / name}: was made with other settings than the recipe has now; run it again "
-            f"(--step {number} {node.number}) or go back to the settings in its stage.json"
-        )
-    return output_dir / name
-
-
-def _evaluation_key(recipe: Recipe, keys: Mapping[str, str]) -> str:
-    return hash_of({"format": FORMAT, "settings": recipe.evaluate.model_dump(), "ppo": keys["ppo"]})
-
-
-def _finished_evaluation(output_dir: Path, recipe: Recipe, keys: Mapping[str, str]) -> dict[str, Any] | None:
-    """The comparison on disk, if it is of these very models and settings."""
-    record = read_record(output_dir / EVALUATION_FILE, "key", "models")
-    return record if record is not None and record["key"] == _evaluation_key(recipe, keys) else None
-
-
-def _evaluate(
-    ppo_step: Step,
-    keys: Mapping[str, str],
-    recipe: Recipe,
-    output_dir: Path,
-    log: RunLog,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Compare the stages' models, unless that is done already for these very models and settings."""
-    if _finished_evaluation(output_dir, recipe, keys) is not None:
-        return
-    inputs = {name: _finished(output_dir, name, keys, ppo_step) for name in ppo_step.inputs}
-    inputs["ppo"] = output_dir / ppo_step.name
-    key = _evaluation_key(recipe, keys)
-    make_repeatable(recipe.run)
-    started = time.perf_counter()
-    with log.stage("evaluate", key):
-        result, samples = evaluate.run(StageContext(recipe, output_dir, inputs, log, device, dtype))
-    write_text(output_dir / SAMPLES_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
-    seconds = round(time.perf_counter() - started, 2)
-    write_json(output_dir / EVALUATION_FILE, {"key": key, "seconds": seconds, **result})
+    def _evaluation_key(self) -> str:
+        settings = self.recipe.evaluate.model_dump()
+        return hash_of({"format": FORMAT, "settings": settings, "inputs": dict(self.keys)})

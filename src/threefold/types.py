@@ -94,8 +94,7 @@ class Rollout:
         logprobs: [R] float32, nats: log-probability of each response token under softmax(logits / temperature) over the
             whole vocabulary. This is PPO's "old" log-probability.
         sampled_logprobs: [R] float32, nats: the same under the distribution really drawn from, that is after top-k,
-            top-p
-            and the ban on stopping before min_new_tokens. Equal to `logprobs` where none of those is in force.
+            top-p and the ban on stopping before min_new_tokens. Equal to `logprobs` where none of those is in force.
         finish_reason: "stop" (a stop token was drawn) or "length" (max_new_tokens reached).
         policy_version: number of optimizer steps that the sampling weights had seen.
     """

@@ -1,8 +1,7 @@
 """The recipe: every setting of a run, typed, documented in place, frozen.
 
 A default that DeepSpeed-Chat hard-codes or ships is kept where it works and named "DeepSpeed-Chat: ..." where it was
-changed.
-Derived numbers are methods; nothing writes to a recipe.
+changed. Derived numbers are methods; nothing writes to a recipe.
 """
 
 from __future__ import annotations
@@ -285,8 +284,7 @@ class PPOSection(Section):
     """At most this many held-out prompts per evaluation."""
     parity_bound: NonNegativeFloat = 0.0
     """Largest difference between a rollout's log-probs and the training forward's before an iteration's first update,
-    nats;
-    beyond it the run stops. 0 means 1e-3 in float32 and 0.5 in bfloat16."""
+    nats; beyond it the run stops. 0 means 1e-3 in float32 and 0.5 in bfloat16."""
     sampling: SamplingSection = SamplingSection()
     ema: EMASection = EMASection()
     mixture: MixtureSection = MixtureSection()

@@ -13,8 +13,7 @@ class ExponentialMovingAverage:
     """ema <- decay * ema + (1 - decay) * weight, in float32, once per optimizer step.
 
     Float32 whatever the model's type: in half precision the update is smaller than a rounding step and the average
-    stands still.
-    Weights that are tied in the model are kept once.
+    stands still. Weights that are tied in the model are kept once.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -39,8 +39,8 @@ class TrainEngine:
     """A model, its optimizer and schedule, and, where asked for, its moving average.
 
     `backward` is called for each micro-batch with a closure that returns its share of the loss, already divided by
-    the *global*
-    count of the optimizer step; `step` then clips, checks and steps. Nothing here knows which loss it is.
+    the *global* count of the optimizer step; `step` then clips, checks and steps. Nothing here knows which loss it
+    is.
     """
 
     def __init__(

@@ -46,8 +46,7 @@ def draw_tokens(
 
     Returns:
         tokens [B] int64; their log-probability under softmax(logits / temperature); the same under the distribution
-        that was
-        really drawn from. With temperature 0 the first is at temperature 1 and the second is 0.
+        that was really drawn from. With temperature 0 the first is at temperature 1 and the second is 0.
     """
     scaled = logits / sampling.temperature if sampling.temperature > 0 else logits
     allowed = scaled

@@ -112,8 +112,7 @@ class ChatSession:
         """Answer `text`, piece by piece as it is drawn; the finished answer enters the history.
 
         The pieces joined are the answer, without stop tokens; no piece ends inside a character. The oldest turns are
-        left
-        out of the prompt, whole, where the model's context has no room for them.
+        left out of the prompt, whole, where the model's context has no room for them.
 
         Raises:
             DataError: `text` alone is too long for the context; the history is then as before.

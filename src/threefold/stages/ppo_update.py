@@ -89,8 +89,7 @@ def update(
         train_actor: False in the critic's warm-up iterations: the actor's loss is measured, not descended.
         parity_bound: largest allowed difference between rollout and training log-probs before the first step.
         mixture: where mixture training is on, gives the closures of the next pretraining batch, each returning its
-            share of
-            coef * mean LM loss; their gradients enter the actor's same optimizer step.
+            share of coef * mean LM loss; their gradients enter the actor's same optimizer step.
 
     Raises:
         TrainingError: if the rollout's log-probs are not those of the training forward.

@@ -19,9 +19,8 @@ def check(context: StageContext, steps: Collection[str]) -> None:
     """Refuse a recipe whose `steps` (those that are not finished) cannot all be run.
 
     The embedded model's tokenizer is made in step 1, so its renderings are checked there; all else is checked here:
-    sources
-    and split, tokenizers and templates, equal vocabularies, lengths against the contexts and the recipe's limits,
-    mixture text.
+    sources and split, tokenizers and templates, equal vocabularies, lengths against the contexts and the recipe's
+    limits, mixture text.
 
     Raises:
         ConfigError, DataError, CheckpointError: as the step itself would.

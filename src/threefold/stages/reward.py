@@ -83,8 +83,7 @@ def score_metrics(better: Tensor, worse: Tensor) -> dict[str, float]:
     """Held-out metrics of a reward model from its scores [B] of preferred and other answers.
 
     Accuracy counts a tie as one half; its interval is Wilson's. The mean and the scale (population standard
-    deviation) are over
-    all answers, preferred and other.
+    deviation) are over all answers, preferred and other.
     """
     wins = pairwise_wins(better.tolist(), worse.tolist())
     accuracy = wilson_interval(sum(wins), len(wins))

@@ -52,8 +52,8 @@ class RewardScorer:
     """Scores whole answers with a reward model, in the reward model's own units.
 
     With the actor's vocabulary and template the very tokens that were sampled are scored. Otherwise, and only if the
-    recipe allows
-    it, prompt and answer go through text and are rendered anew; an answer that was cut stays without its stop token.
+    recipe allows it, prompt and answer go through text and are rendered anew; an answer that was cut stays without
+    its stop token.
     """
 
     def __init__(
