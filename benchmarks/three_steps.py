@@ -12,6 +12,7 @@ line of each says whether all bars were met; the exit code is 1 if not.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,12 @@ class Report:
         return 0 if self.all_met else 1
 
 
+def largest_first_ratio_error(directory: Path) -> float:
+    """The largest |ratio - 1| that any iteration's first minibatch had before its update."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max(record.get("val/first_ratio_error", 0.0) for record in map(json.loads, lines))
+
+
 def interval(estimate: dict[str, float]) -> str:
     return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
@@ -84,8 +91,10 @@ def demo(output: Path, seeds: Sequence[int]) -> int:
         report.add(name, "EMA wins over SFT, gold", f"{ema_wins:.3f}", ">= PPO - 0.03", ema_wins >= wins["mean"] - 0.03)
         kl = ppo["kl_per_answer"]
         report.add(name, "KL per answer, nats", f"{kl:.2f}", f"<= {target:g}", kl <= target)
-        ratio = ppo["distinct_2"] / sft["distinct_2"]
-        report.add(name, "distinct-2, PPO / SFT", f"{ratio:.2f}", ">= 0.6", ratio >= 0.6)
+        ratio = ppo["distinct_2_per_prompt"] / sft["distinct_2_per_prompt"]
+        report.add(name, "distinct-2 per prompt, PPO / SFT", f"{ratio:.2f}", ">= 0.6", ratio >= 0.6)
+        first_ratios = largest_first_ratio_error(output / f"demo-{seed}")
+        report.add(name, "max |ratio - 1|, first updates", f"{first_ratios:.1e}", "<= 1e-4", first_ratios <= 1e-4)
         golds = " / ".join(f"{model['gold']['mean']:.3f}" for model in (sft, ppo, ema))
         report.add(name, "gold, SFT / PPO / EMA", golds, "", None)
         seconds = [result[step]["seconds"] for step in ("sft", "reward", "ppo")] + [result["seconds"]]
@@ -136,15 +145,19 @@ def real(output: Path) -> int:
     report.add("real", "KL per answer, nats", f"{ppo['ppo/eval_kl']:.2f}", "", None)
     seconds = sum(result[step]["seconds"] for step in ("sft", "reward", "ppo")) + result["seconds"]
     report.add("real", "seconds, all", f"{seconds:.0f}", "<= 600", seconds <= 600)
-    increases = []
+    increases, rises = [], []
     for name, summary in (("mixture", ppo), ("no mixture", plain["ppo"])):
         first, last = summary["initial/ppo/eval_text_perplexity"], summary["ppo/eval_text_perplexity"]
         increases.append(last - first)
         report.add(name, "stories perplexity", f"{first:.3f} -> {last:.3f} ({last - first:+.3f})", "", None)
         score = f"{summary['initial/ppo/eval_score']:.3f} -> {summary['ppo/eval_score']:.3f}"
         report.add(name, "held-out reward", score, "", None)
+        rises.append(summary["ppo/eval_score"] - summary["initial/ppo/eval_score"])
     met = increases[1] > 0 and increases[0] <= 0.5 * increases[1]
     report.add("mixture", "increase against none", f"{increases[0]:+.3f} / {increases[1]:+.3f}", "<= half", met)
+    comparable = rises[1] > 0 and rises[0] >= 0.75 * rises[1]
+    shown = f"{rises[0]:+.3f} / {rises[1]:+.3f}"
+    report.add("mixture", "reward's rise against none", shown, ">= 0.75 of it", comparable)
     return report.show()
 
 

@@ -40,9 +40,11 @@ ENDLESS = {
 }
 ALL, AFTER_SFT, ONLY_PPO, NONE = {"sft", "reward", "ppo"}, {"reward", "ppo"}, {"ppo"}, set[str]()
 EXPECTED_BY_PREFIX = {
-    "run.seed": ALL, "run.dtype": ALL, "run.": NONE,
+    "run.seed": ALL, "run.": NONE,
     "model.reward": AFTER_SFT, "model.retokenise_for_reward": ONLY_PPO, "model.": ALL,
     "data.max_prompt_length": ONLY_PPO, "data.": ALL,
+    "sft.micro_batch_size": NONE, "reward.micro_batch_size": NONE, "ppo.micro_batch_size": NONE,
+    "ppo.parity_bound": NONE, "ppo.kl_target": NONE, "ppo.kl_horizon": NONE,
     "sft.": ALL, "reward.": AFTER_SFT, "ppo.": ONLY_PPO, "evaluate.": NONE,
 }  # fmt: skip
 """Steps that a change of a field must run again; the first prefix that fits counts."""
@@ -108,6 +110,43 @@ def test_the_content_of_a_file_counts_and_not_its_place(tmp_path: Path) -> None:
     write_rows(second, pair_rows(21))
     changed = step_keys(graph(tiny_recipe(f"--data.sources={second}")))
     assert all(changed[name] != keys[0][name] for name in changed)
+
+
+def test_the_precision_that_is_computed_in_counts_and_not_its_name() -> None:
+    auto, named, other = (step_keys(graph(tiny_recipe(f"--run.dtype={n}"))) for n in ("auto", "float32", "bfloat16"))
+    assert auto == named, "on a CPU, auto is float32"
+    assert all(auto[name] != other[name] for name in auto)
+
+
+def test_the_target_of_the_adaptive_controller_counts() -> None:
+    adaptive = ("--ppo.kl_controller=adaptive", "--ppo.kl_horizon=1000")
+    one, two = (step_keys(graph(tiny_recipe(*adaptive, f"--ppo.kl_target={target}"))) for target in (3, 4))
+    assert {name for name in one if one[name] != two[name]} == {"ppo"}
+
+
+def test_the_place_of_the_mixture_text_does_not_count(tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("the same")
+    one, two = (
+        step_keys(graph(tiny_recipe(f"--ppo.mixture.source={tmp_path / name}"))) for name in ("one.txt", "two.txt")
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize(("split", "step"), [("0,1,1", "1"), ("1,0,1", "2"), ("1,1,0", "3")])
+def test_a_step_without_data_is_refused_and_leaves_the_run_as_it_was(
+    run: Path, tiny_recipe_file: Path, capsys: pytest.CaptureFixture[str], split: str, step: str
+) -> None:
+    before = (run / "run.json").read_text()
+    assert train(tiny_recipe_file, run, f"--data.split={split}") == 2
+    error = capsys.readouterr().err
+    assert (error.count("\n"), "data.split" in error, f"step {step}" in error) == (1, True, True)
+    assert (run / "run.json").read_text() == before
+
+
+def test_a_refused_first_run_claims_nothing(tmp_path: Path, tiny_recipe_file: Path) -> None:
+    assert train(tiny_recipe_file, tmp_path / "new", "--data.split=1,0,1") == 2
+    assert train(tiny_recipe_file, tmp_path / "new", "--step", "1") == 0
 
 
 def test_the_text_of_mixture_training_counts_for_ppo_alone(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "threefold"
 
 LEVELS = {
-    "types": 0, "errors": 0, "algo": 0,
+    "types": 0, "errors": 0, "algo": 0, "interrupt": 0,
     "config": 1, "metrics": 1,
     "data": 2, "models": 2, "inference": 2,
     "engine": 3, "checkpoint": 3,

@@ -80,6 +80,8 @@ def locked(directory: Path) -> Iterator[None]:
     lock = FileLock(directory / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
+    except PermissionError as error:
+        raise CheckpointError(f"{directory}: cannot be written to; choose another --output-dir") from error
     except Timeout as error:
         raise CheckpointError(
             f"{directory}: another run is using this directory; wait for it, or choose another --output-dir"
@@ -133,11 +135,14 @@ def content_hash(source: str) -> str:
     whole.
     """
     path = Path(source)
-    if path.is_file():
-        return _file_hash(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return hash_of([(file.relative_to(path).as_posix(), _file_hash(file)) for file in files])
+    try:
+        if path.is_file():
+            return _file_hash(path)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            return hash_of([(file.relative_to(path).as_posix(), _file_hash(file)) for file in files])
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or source}: cannot be read ({error.strerror})") from error
     return source
 
 

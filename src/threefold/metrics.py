@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,12 +38,7 @@ class RunLog:
     def __init__(self, directory: Path, console: Console | None = None) -> None:
         self.directory = directory
         self.console = console or Console(highlight=False)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        was_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = path.open("a", encoding="utf-8")
-        if was_cut:  # a crash left half a line: the next record must not become part of it
-            self._file.write("\n")
+        self._file: TextIO | None = None  # opened with the first record, so that a refused recipe leaves nothing behind
         self._writer: SummaryWriter | None = None
         self._stage = ""
 
@@ -67,7 +62,18 @@ class RunLog:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
+    def _open(self) -> TextIO:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "metrics.jsonl"
+        was_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+        file = path.open("a", encoding="utf-8")
+        if was_cut:  # a crash left half a line: the next record must not become part of it
+            file.write("\n")
+        return file
+
     def _write(self, record: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._file = self._open()
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -101,4 +107,5 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

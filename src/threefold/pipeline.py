@@ -67,19 +67,30 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
     data = recipe.data
     shared = {
         "seed": recipe.run.seed,
-        "dtype": recipe.run.dtype,
-        "chat_template": _template(recipe.model.chat_template),
+        "dtype": str(pick_dtype(recipe.run.dtype, pick_device(recipe.run.device))),
+        "chat_template": content_hash(recipe.model.chat_template),
         "pad_token": recipe.model.pad_token,
         "sources": [_source(source, recipe) for source in data.sources],
         "data": data.model_dump(include={"split", "eval_fraction", "long_rows", "bad_rows"}),
     }
-    actor = _source(recipe.model.actor, recipe)
+    actor = _model(recipe.model.actor, recipe)
     answers = {"max_length": data.max_length}
     prompts = {"max_prompt_length": data.max_prompt_length}
     from_sft = not recipe.model.reward
-    mixture = {"text": content_hash(recipe.ppo.mixture.source)} if recipe.ppo.mixture.source else {}
+    mixture = {"text": _source(recipe.ppo.mixture.source, recipe)} if recipe.ppo.mixture.source else {}
+    # what only bounds memory, checks or reports does not count, nor where the text lies: its content does
+    sft_settings = recipe.sft.model_dump(exclude={"micro_batch_size"})
+    unread: dict[str, Any] = {"micro_batch_size": True, "parity_bound": True, "mixture": {"source": True}}
+    if recipe.ppo.kl_controller == "fixed":
+        unread |= {"kl_target": True, "kl_horizon": True}
     return (
-        Step(1, "sft", sft.run, (), {**shared, **answers, "actor": actor, "sft": recipe.sft.model_dump()}),
+        Step(
+            1,
+            "sft",
+            sft.run,
+            (),
+            {**shared, **answers, "actor": actor, "sft": sft_settings},
+        ),
         Step(
             2,
             "reward",
@@ -89,7 +100,7 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
                 **shared,
                 **answers,
                 "start": "" if from_sft else content_hash(recipe.model.reward),
-                "reward": recipe.reward.model_dump(),
+                "reward": recipe.reward.model_dump(exclude={"micro_batch_size"}),
             },
         ),
         Step(
@@ -101,7 +112,7 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
                 **shared,
                 **prompts,
                 **mixture,
-                "ppo": recipe.ppo.model_dump(),
+                "ppo": recipe.ppo.model_dump(exclude=unread),
                 "retokenise": recipe.model.retokenise_for_reward,
             },
         ),
@@ -109,15 +120,16 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
 
 
 def _source(source: str, recipe: Recipe) -> Any:
+    """What stands for a dataset: its settings or its content. A directory is none, and refused when it is read."""
     if source == "demo":
         return {"demo": recipe.data.demo.model_dump()}
+    return source if Path(source).is_dir() else content_hash(source)
+
+
+def _model(source: str, recipe: Recipe) -> Any:
     if source == EMBEDDED:
         return {"embedded": recipe.model.embedded.model_dump()}
     return content_hash(source)
-
-
-def _template(template: str) -> str:
-    return content_hash(template)
 
 
 def step_keys(steps: tuple[Step, ...]) -> dict[str, str]:
@@ -150,11 +162,11 @@ def run_pipeline(recipe: Recipe, steps: tuple[int, ...], output_dir: Path) -> No
             run = Run(recipe, step_keys(nodes), output_dir, log, device, pick_dtype(recipe.run.dtype, device))
             for node in nodes:
                 recover(output_dir / node.name)
-            write_json(output_dir / RUN_FILE, run.description())
             wanted = [node for node in nodes if node.number in steps]
             pending = [node.name for node in wanted if not run.is_finished(node.name)]
             if pending:
                 preflight.check(run.context(output_dir, ()), pending)
+            write_json(output_dir / RUN_FILE, run.description())
             for node in wanted:
                 run.step(node)
             if 3 in steps:
@@ -177,10 +189,24 @@ def _claim(output_dir: Path, recipe: Recipe) -> None:
             f"{output_dir}: holds the run of recipe {record['name']!r}, not {recipe.run.name!r}; "
             "choose another --output-dir, or set --run.name if it is meant to go on"
         )
+    elif _is_another(record.get("recipe"), recipe):
+        raise CheckpointError(
+            f"{output_dir}: holds a run of the same name, {recipe.run.name!r}, with another model.actor and other "
+            "data.sources; choose another --output-dir, or another --run.name"
+        )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{output_dir}: cannot be created ({error.strerror}); choose another --output-dir") from error
+
+
+def _is_another(recorded: Any, recipe: Recipe) -> bool:
+    """Whether a recorded recipe has neither its model nor its data in common with this one."""
+    try:
+        before = recorded["model"]["actor"], recorded["data"]["sources"]
+    except (TypeError, KeyError):  # an older or damaged record: its name has to do
+        return False
+    return before[0] != recipe.model.actor and before[1] != recipe.data.sources
 
 
 @dataclass(frozen=True)
@@ -211,7 +237,7 @@ class Run:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "platform": platform.platform(),
-                "threads": torch.get_num_threads(),
+                "threads": self.recipe.run.num_threads or torch.get_num_threads(),
             },
         }
 

@@ -61,7 +61,6 @@ def test_a_directory_as_model_gives_a_usable_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (USUAL, ["no data", "--data-path FILE", "rm-static"]),
         ([*USUAL, "--data-path", "Dahoas/rm-static"], ["--data-path Dahoas/rm-static", "no such file", "jsonl"]),
         (["--deployment-type", "single_node"], ["single_node", "comes with multi-process training"]),
         (["--deployment-type", "multi_node"], ["multi_node", "comes with multi-process training"]),
@@ -125,3 +124,13 @@ def test_without_an_installation_the_scripts_say_what_to_run(script: str) -> Non
     finished = subprocess.run([sys.executable, "-I", "-S", str(ROOT / script)], capture_output=True, text=True)
     assert finished.returncode != 0
     assert finished.stderr == "threefold is not installed: run `make setup`, then use .venv/bin/python\n"
+
+
+def test_the_usual_command_without_data_prints_its_recipe_and_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ConfigError, match=r"no data: give --data-path FILE.*rm-static"):
+        deepspeed_chat.train(USUAL)
+    printed = capsys.readouterr().out
+    assert 'actor = "facebook/opt-1.3b"' in printed
+    assert 'reward = "facebook/opt-350m"' in printed

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.oracles.proportions import wilson_by_bisection
 from tests.tiny import stage_context, tiny_recipe
 from threefold.data.demo import gold_score
 from threefold.metrics import RunLog
@@ -39,12 +40,17 @@ def test_every_number_follows_from_the_samples(comparison: tuple[dict[str, Any],
             ours = [sample[name][measure] for sample in samples]
             sft = [sample["sft"][measure] for sample in samples]
             wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, sft, strict=True)]
-            for values, shown in ((ours, model[measure]), (wins, model[f"win_rate_by_{measure}"])):
-                mean = math.fsum(values) / 9
-                half = 1.959964 * math.sqrt(math.fsum((value - mean) ** 2 for value in values) / 8 / 9)
-                assert (shown["mean"], shown["low"], shown["high"], shown["count"]) == pytest.approx(
-                    (mean, mean - half, mean + half, 9), abs=1e-6
-                )
+            shown = model[measure]
+            mean = math.fsum(ours) / 9
+            half = 1.959964 * math.sqrt(math.fsum((value - mean) ** 2 for value in ours) / 8 / 9)
+            assert (shown["mean"], shown["low"], shown["high"], shown["count"]) == pytest.approx(
+                (mean, mean - half, mean + half, 9), abs=1e-6
+            )
+            shown = model[f"win_rate_by_{measure}"]
+            low, high = wilson_by_bisection(math.fsum(wins), 9, 1.959964)
+            assert (shown["mean"], shown["low"], shown["high"], shown["count"]) == pytest.approx(
+                (math.fsum(wins) / 9, low, high, 9), abs=1e-6
+            )
 
 
 def test_gold_scores_are_those_of_the_answers(comparison: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
@@ -58,7 +64,8 @@ def test_gold_scores_are_those_of_the_answers(comparison: tuple[dict[str, Any], 
 
 def test_a_model_is_compared_with_itself_as_equal(comparison: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     sft = comparison[0]["models"]["sft"]
-    assert sft["win_rate_by_gold"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "count": 9}
+    low, high = wilson_by_bisection(4.5, 9, 1.959964)
+    assert sft["win_rate_by_gold"] == pytest.approx({"mean": 0.5, "low": low, "high": high, "count": 9}, abs=1e-6)
     assert abs(sft["kl_per_answer"]) < 1e-4
     assert comparison[0]["models"]["ppo"]["kl_per_answer"] != 0
 
@@ -109,7 +116,9 @@ def test_description_by_hand(tiny_run: Path) -> None:
     assert found["kl_per_answer"] == 3.0
     assert found["mean_length_tokens"] == 2.5
     assert found["stopped"] == 0.75
-    assert found["distinct_answers"] == 0.75
+    assert found["distinct_answers_per_prompt"] == 1.0
+    # the first prompt's bigrams: 56 67 | 56, two of three; the second's: none | 56 65 56, two of three
+    assert found["distinct_2_per_prompt"] == pytest.approx(2 / 3)
     # bigrams: 56 67 | 56 | - | 56 65 56: six of them, three different
     assert found["distinct_2"] == 3 / 6
     assert "gold" not in found

@@ -32,6 +32,7 @@ def evaluation() -> dict[str, Any]:
         "win_rate_by_gold": estimate(0.321, -0.654, 0.987),
         "kl_per_answer": -1234.56,
         "distinct_2": 0.246,
+        "distinct_2_per_prompt": 0.346,
         "mean_length_tokens": 1357.9,
         "stopped": 0.99,
     }

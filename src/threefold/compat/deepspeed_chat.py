@@ -8,6 +8,7 @@ differs, and why:
   at 1e-3.
 - Their gradient accumulation (8, 4 and 2 micro-batches of 16) is the batch size here. In step 3 two of their generation
   batches come from the same weights before one optimizer step, which is one iteration of 32 prompts.
+- Step 1 trains on the assistant's tokens (theirs: on all), with dropout 0 (theirs: as the model has it).
 - Answers are sampled, rewards normalised and advantages whitened, as threefold's defaults have it.
 - Their scripts drop prompts that are too long, so this does (data.long_rows).
 """
@@ -29,6 +30,8 @@ from threefold.serve.chat import run_chat
 from threefold.serve.options import ChatOptions
 
 _OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
+_NO_DATA = "PAIRS.jsonl"
+"""What the printed recipe says where no data were given; it is not run."""
 _SINGLE_GPU: dict[str, object] = {
     "run.seed": 1234,
     "model.chat_template": "dialogue",
@@ -74,11 +77,17 @@ def train(arguments: Sequence[str]) -> None:
         ConfigError: a flag is unknown, lacks its value, or asks for what threefold has not yet.
     """
     recipe, steps, output_dir = read_train_flags(arguments)
+    without_data = recipe.data.sources == [_NO_DATA]
     sys.stdout.write(
         "# These flags stand for the recipe below. Saved as recipe.toml, it runs with:\n"
         f"#   threefold train recipe.toml --output-dir {output_dir}\n\n{dump_recipe(recipe, only_set=True)}\n"
     )
     sys.stdout.flush()
+    if without_data:
+        raise ConfigError(
+            "no data: give --data-path FILE ... (json, jsonl or jsonl.gz with prompt, chosen and rejected); "
+            "Dahoas/rm-static, DeepSpeed-Chat's default, cannot be fetched from the Hub yet"
+        )
     run_pipeline(recipe, steps, output_dir)
 
 
@@ -165,10 +174,7 @@ def _run_name(actor: str, reward: str) -> str:
 
 def _local_files(data_path: list[str]) -> list[str]:
     if not data_path:
-        raise ConfigError(
-            "no data: give --data-path FILE ... (json, jsonl or jsonl.gz with prompt, chosen and rejected); "
-            "Dahoas/rm-static, DeepSpeed-Chat's default, cannot be fetched from the Hub yet"
-        )
+        return [_NO_DATA]
     for source in data_path:
         if source != "demo" and not Path(source).exists():
             raise ConfigError(

@@ -58,6 +58,8 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
             continue
         _set_path(settings, name, value)
         from_command_line.add(name)
+    if path is not None and isinstance(run := settings.setdefault("run", {}), dict):
+        run.setdefault("name", re.sub("[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "run")
     try:
         recipe = Recipe.model_validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:

@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 class RunSection(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the recipe; an output directory that belongs to another name is refused."""
+    """Name of the recipe, by default that of its file; an output directory that belongs to another is refused."""
     output_dir: str = ""
     """Run directory; empty means runs/NAME."""
     seed: NonNegativeInt = 1234
@@ -36,7 +36,8 @@ class RunSection(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights; auto is bfloat16 on a GPU that has it, else float32."""
+    """Type of the matrix products (weights and optimizer stay float32); auto is bfloat16 on a GPU that has it, else
+    float32."""
     num_threads: NonNegativeInt = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     log_every: PositiveInt = 10
@@ -54,7 +55,7 @@ class EmbeddedModelSection(Section):
     """Transformer blocks."""
     num_heads: PositiveInt = 4
     """Attention heads; must divide hidden_size."""
-    ffn_dim: PositiveInt = 512
+    ffn_dim: PositiveInt = 768
     """Width of the feed-forward layer."""
     max_positions: PositiveInt = 160
     """Context length, tokens."""
@@ -311,6 +312,13 @@ class PPOSection(Section):
             raise ValueError(
                 f"minibatches {self.minibatches} is more than the {answers} answers of an iteration "
                 "(prompts_per_iteration x answers_per_prompt)"
+            )
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError('kl_controller "adaptive" multiplies kl_coef, and kl_coef is 0: set it above 0')
+        if 0 < self.iterations <= self.critic_warmup_iterations:
+            raise ValueError(
+                f"critic_warmup_iterations {self.critic_warmup_iterations} leaves the actor none of the "
+                f"{self.iterations} iterations: lower it"
             )
         if self.kl_controller == "adaptive" and answers > self.kl_horizon:
             raise ValueError(

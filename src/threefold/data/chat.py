@@ -123,6 +123,15 @@ class ChatFormat:
         text = self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
+    def decode_exactly(self, response_ids: Sequence[int]) -> str:
+        """Text of an answer with every token but a final stop token shown, control tokens too: what a judge must
+        see."""
+        ids = [int(token_id) for token_id in response_ids]
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text).strip()
+
     @cached_property
     def _control_ids(self) -> frozenset[int]:
         return _control_ids(self.tokenizer)
@@ -276,7 +285,10 @@ def _template_source(tokenizer: PreTrainedTokenizerBase, template: str, source: 
         raise ConfigError(
             f"model.chat_template {template!r} is no file and none of tokenizer, {', '.join(BUILT_IN_TEMPLATES)}"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"model.chat_template {template!r} cannot be read: {error}") from error
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, template: str, source: str) -> int:

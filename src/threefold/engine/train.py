@@ -61,12 +61,14 @@ class TrainEngine:
         self._optimizer, self._scheduler = build_optimizer(model, settings, max(total_steps, 1))
         self._loss = 0.0
 
-    def backward(self, loss_of: Callable[[], Tensor]) -> None:
-        """Run the closure under the engine's precision and accumulate its gradient."""
+    def backward(self, loss_of: Callable[[], Tensor]) -> float:
+        """Run the closure under the engine's precision and accumulate its gradient; return the closure's loss."""
         with precision(self._device, self._dtype):
             loss = loss_of()
         loss.backward()
-        self._loss += float(loss.detach())
+        value = float(loss.detach())
+        self._loss += value
+        return value
 
     def measure(self, loss_of: Callable[[], Tensor]) -> None:
         """Run the closure for its side effects (statistics), without a gradient."""

@@ -50,8 +50,12 @@ class StageContext:
 
     def shares(self) -> dict[Step, Share]:
         """All sources, read and split over the three steps; the same in every stage of a run."""
+        return self.split(load_examples(self.recipe).examples)
+
+    def split(self, examples: list[Example]) -> dict[Step, Share]:
+        """These examples as the recipe splits them over the three steps."""
         data = self.recipe.data
-        return split_examples(load_examples(self.recipe).examples, data.split, data.eval_fraction, self.recipe.run.seed)
+        return split_examples(examples, data.split, data.eval_fraction, self.recipe.run.seed)
 
     def chat_format(self, source: str) -> tuple[ChatFormat, bool]:
         """The chat format of a checkpoint, and whether its embeddings must grow by a new pad token."""

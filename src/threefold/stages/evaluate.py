@@ -100,7 +100,7 @@ def _answer(
         rollouts = generate(
             forward, [p.ids for p in prompts], context.recipe.ppo.sampling, chat.stop_ids, generator, batch_size=BATCH
         )
-    texts = [chat.decode(rollout.response_ids.tolist()) for rollout in rollouts]
+    texts = [chat.decode_exactly(rollout.response_ids.tolist()) for rollout in rollouts]
     scores = scorer([p.prompt.messages for p in prompts], rollouts).tolist()
     gold = []
     if _has_gold(context):
@@ -122,13 +122,16 @@ def _kl(
 
 
 def _describe(model: Answers, sft: Answers, kl: Sequence[float], per_prompt: int) -> dict[str, Any]:
-    lengths = [len(rollout.response_ids) for rollout in model.rollouts]
+    ids = [rollout.response_ids.tolist() for rollout in model.rollouts]
+    lengths = [len(answer) for answer in ids]
+    by_prompt = [ids[start : start + per_prompt] for start in range(0, len(ids), per_prompt)]
     described = {
         "score": _as_json(mean_interval(_by_prompt(model.scores, per_prompt))),
         "win_rate_by_score": _as_json(_win_rate(model.scores, sft.scores, per_prompt)),
         "kl_per_answer": math.fsum(kl) / len(kl),
-        "distinct_2": distinct_n([rollout.response_ids.tolist() for rollout in model.rollouts], 2),
-        "distinct_answers": len(set(model.texts)) / len(model.texts),
+        "distinct_2": distinct_n(ids, 2),
+        "distinct_2_per_prompt": math.fsum(distinct_n(answers, 2) for answers in by_prompt) / len(by_prompt),
+        "distinct_answers_per_prompt": math.fsum(_share_distinct(answers) for answers in by_prompt) / len(by_prompt),
         "mean_length_tokens": sum(lengths) / len(lengths),
         "stopped": sum(rollout.finish_reason == "stop" for rollout in model.rollouts) / len(lengths),
     }
@@ -138,14 +141,24 @@ def _describe(model: Answers, sft: Answers, kl: Sequence[float], per_prompt: int
     return described
 
 
+def _share_distinct(answers: Sequence[Sequence[int]]) -> float:
+    return len(set(map(tuple, answers))) / len(answers)
+
+
 def _by_prompt(values: Sequence[float], per_prompt: int) -> list[float]:
     """Mean over each prompt's answers: prompts, not answers, are the independent observations."""
     return [math.fsum(values[start : start + per_prompt]) / per_prompt for start in range(0, len(values), per_prompt)]
 
 
 def _win_rate(model: Sequence[float], sft: Sequence[float], per_prompt: int) -> Estimate:
-    """Share of answers that beat step 1's answer to the same prompt, ties one half; the interval is over prompts."""
-    return mean_interval(_by_prompt(pairwise_wins(model, sft), per_prompt))
+    """Share of answers that beat step 1's answer to the same prompt, ties one half.
+
+    The interval is Wilson's with prompts as observations: wider than the data's own spread, for ties have less, and
+    never
+    of width 0.
+    """
+    wins = _by_prompt(pairwise_wins(model, sft), per_prompt)
+    return wilson_interval(math.fsum(wins), len(wins))
 
 
 def _as_json(estimate: Estimate) -> dict[str, float]:

@@ -20,6 +20,7 @@ from threefold.data.collate import epoch_order
 from threefold.data.prepare import PreparedPrompt, ppo_prompts
 from threefold.engine.device import precision
 from threefold.engine.train import TrainEngine
+from threefold.errors import ConfigError
 from threefold.inference.generate import generate
 from threefold.models.forward import CausalForward
 from threefold.models.loading import (
@@ -76,7 +77,7 @@ def run(context: StageContext) -> dict[str, float]:
             metrics = _metrics(batch, rollouts, kl_coef) | losses | _timing(started, sampled, scored, ended, rollouts)
             context.log.log(iteration + 1, metrics)
             bar.advance(score=metrics["objective/scores"], kl=metrics["objective/kl"])
-            if settings.kl_controller == "adaptive":
+            if settings.kl_controller == "adaptive" and iteration >= settings.critic_warmup_iterations:
                 kl_coef = adapt_kl_coef(
                     kl_coef, metrics["objective/kl"], settings.kl_target, len(rollouts), settings.kl_horizon
                 )
@@ -143,6 +144,17 @@ def evaluate(context: StageContext, setup: Setup) -> dict[str, float]:
     return metrics
 
 
+def _load_critic(context: StageContext, scorer: RewardScorer) -> PreTrainedModel:
+    """The reward model as it is now or, where it cannot read the actor's tokens, the step-1 model with a new head."""
+    if scorer.same_tokens:
+        critic = load_scalar_model(str(context.inputs["reward"]))
+    else:
+        critic = load_scalar_model(str(context.inputs["sft"]), new_head_seed=context.recipe.run.seed)
+    if not scorer.same_tokens or not context.recipe.ppo.normalise_reward:
+        set_score_statistics(critic, 0.0, 1.0)  # values are in the units of the shaped reward, whatever those are
+    return critic
+
+
 def _set_up(context: StageContext) -> Setup:
     recipe, settings = context.recipe, context.recipe.ppo
     sft, reward = str(context.inputs["sft"]), str(context.inputs["reward"])
@@ -153,11 +165,7 @@ def _set_up(context: StageContext) -> Setup:
     scorer = RewardScorer(
         reward_model, reward_chat, chat, recipe.model.retokenise_for_reward, context.device, context.dtype
     )
-    if scorer.same_tokens:
-        critic = load_scalar_model(reward)
-    else:  # the critic reads the actor's tokens, which this reward model cannot: it starts from the actor
-        critic = load_scalar_model(sft, new_head_seed=recipe.run.seed)
-        set_score_statistics(critic, 0.0, 1.0)
+    critic = _load_critic(context, scorer)
     critic.to(context.device)
     reference = CausalForward(load_causal_lm(sft).to(context.device).requires_grad_(False))
     for model in (actor, critic):
@@ -170,6 +178,11 @@ def _set_up(context: StageContext) -> Setup:
     prompts = ppo_prompts(share.train, chat, *limits)
     eval_prompts = ppo_prompts(share.eval, chat, *limits)[: settings.num_eval_prompts]
     num_iterations = settings.iterations or max(settings.epochs * len(prompts) // settings.prompts_per_iteration, 1)
+    if num_iterations <= settings.critic_warmup_iterations:
+        raise ConfigError(
+            f"ppo.critic_warmup_iterations = {settings.critic_warmup_iterations} leaves the actor none of the "
+            f"{num_iterations} iterations; lower it, or raise ppo.iterations"
+        )
     context.log.note(
         f"step 3, ppo: {len(prompts)} prompts to answer in {num_iterations} iterations, {len(eval_prompts)} held out"
     )

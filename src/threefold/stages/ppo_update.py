@@ -112,8 +112,8 @@ def update(
                 stopped_early = True
                 break
             if train_actor:
-                for part in mixture() if mixture else ():
-                    learners.actor.backward(part)
+                if mixture is not None:
+                    statistics.steps["loss/mixture"].append(math.fsum(map(learners.actor.backward, mixture())))
                 actor_step = learners.actor.step()
                 statistics.steps["policy/grad_norm"].append(actor_step.grad_norm)
                 statistics.steps["policy/learning_rate"].append(actor_step.learning_rate)

@@ -9,7 +9,9 @@ from collections.abc import Collection
 
 from threefold.data.chat import ChatFormat
 from threefold.data.prepare import load_examples, ppo_prompts, reward_pairs, sft_sequences
+from threefold.data.split import STEPS
 from threefold.data.text import read_documents, split_documents
+from threefold.errors import ConfigError
 from threefold.models.loading import config_context_length, load_config
 from threefold.stages.context import EMBEDDED, StageContext
 from threefold.stages.rollout import check_same_tokens
@@ -26,9 +28,16 @@ def check(context: StageContext, steps: Collection[str]) -> None:
         ConfigError, DataError, CheckpointError: as the step itself would.
     """
     recipe = context.recipe
-    for note in load_examples(recipe).notes:
+    loaded = load_examples(recipe)
+    for note in loaded.notes:
         context.log.note(note)
-    shares = context.shares()
+    for step, share in zip(STEPS, recipe.data.split, strict=True):
+        if step in steps and share == 0:
+            raise ConfigError(
+                f"data.split = {recipe.data.split} gives step {STEPS.index(step) + 1}, {step}, no data; "
+                "give it a share, or choose steps with --step"
+            )
+    shares = context.split(loaded.examples)
     actor = reward = None
     if recipe.model.actor != EMBEDDED:
         actor, _ = context.chat_format(recipe.model.actor)

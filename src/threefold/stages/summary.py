@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,15 @@ def closing_table(
         _comparison(evaluation, recipe, log)
     best = "ppo/actor" if "ppo" in current else "sft" if "sft" in current else ""
     if best:
-        log.note(f"Chat with it:  threefold chat {output_dir / best}")
+        log.note(f"Chat with it:  {_command()} chat {output_dir / best}")
+
+
+def _command() -> str:
+    """How the user can call threefold from here: by name if it is on the PATH, else by where this Python keeps it."""
+    beside = Path(sys.executable).parent / "threefold"
+    if shutil.which("threefold") or not beside.is_file():
+        return "threefold"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def _stage_row(name: str, record: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -70,14 +81,17 @@ def _comparison(evaluation: Mapping[str, Any], recipe: Recipe, log: RunLog) -> N
         )
     for label, key, shape in (
         ("KL per answer, nats", "kl_per_answer", ".2f"),
-        ("distinct-2", "distinct_2", ".3f"),
+        ("distinct-2 per prompt", "distinct_2_per_prompt", ".3f"),
+        ("distinct-2, all answers", "distinct_2", ".3f"),
         ("length, tokens", "mean_length_tokens", ".1f"),
         ("stopped by itself", "stopped", ".0%"),
     ):
         rows.append([label, *(format(model[key], shape) for model in models.values())])
     title = f"{evaluation['num_prompts']} held-out prompts, {evaluation['answers_per_prompt']} sampled answers each"
     log.table(title, ("", *models), rows)
-    log.note(f"KL per answer is measured against step 1; the recipe's target is {recipe.ppo.kl_target:g} nats.")
+    target, largest = recipe.ppo.kl_target, max(model["kl_per_answer"] for model in models.values())
+    verdict = "within" if largest <= target else "ABOVE"
+    log.note(f"KL per answer, measured against step 1, is {verdict} the recipe's target of {target:g} nats.")
     if "reward_clean_accuracy" in evaluation:
         accuracy = _interval(evaluation["reward_clean_accuracy"])
         log.note(f"Reward model on held-out pairs without label noise: accuracy {accuracy}.")

@@ -19,7 +19,7 @@ TAIL_FRACTION = 0.4
 MULTI_TURN_FRACTION = 0.16
 """Of the tasks other than the user's name, which takes several turns always."""
 IDEAL_CANDIDATE_FRACTION = 0.35
-MATCHED_PAIR_FRACTION = 0.15
+MATCHED_PAIR_FRACTION = 0.1
 """Share of the pairs drawn as two answers of one style, of which one is wrong: they teach the facts themselves."""
 SMALLEST_GAP_KEPT_FRACTION = 0.3
 """Share of the pairs of the smallest gap, 0.1, that are kept: their labels are the noisiest."""

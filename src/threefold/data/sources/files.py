@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ def parse_rows(spec: str, text: str) -> Table:
             raise DataError(
                 f"{spec} row {number}: is {json.dumps(value)[:40]}, and must be an object with named fields"
             )
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        _refuse_half_characters(spec, values)
     return Table(columns=tuple(dict.fromkeys(name for row in values for name in row)), rows=values)
 
 
@@ -79,6 +82,20 @@ def read_text(spec: str, endings: Sequence[str]) -> str:
         raise DataError(f"{spec}: is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{spec}: cannot be read: {error}; is the file whole?") from error
+
+
+def _refuse_half_characters(spec: str, rows: list[dict[str, Any]]) -> None:
+    """An escape such as \\ud83d is half a character (a cut emoji): no text that can be encoded, so no tokenizer takes
+    it."""
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{spec} row {number}: field {name!r} holds half of a character ({error.object[error.start]!a}); "
+                    "mend or remove it"
+                ) from error
 
 
 def _parse_list(spec: str, text: str) -> list[Any]:
