@@ -38,13 +38,6 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Demonstration:
-    """A conversation to imitate; its last message is the assistant's."""
-
-    messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Answers to one prompt, best first: two for a pair, K for a ranking."""
 
