@@ -81,6 +81,11 @@ class RunLog:
         """One line for the user."""
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
+    def note_long_warmup(self, field: str, warmup_steps: int, total_steps: int) -> None:
+        """Say so if a warm-up does not end before its stage does: the peak is then reached last, or never."""
+        if warmup_steps >= total_steps:
+            self.note(f"note: {field} = {warmup_steps} is not below the {total_steps} optimizer steps of this stage")
+
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[ProgressTask]:
         """A progress bar with elapsed and remaining time."""

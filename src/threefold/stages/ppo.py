@@ -192,12 +192,14 @@ def _set_up(context: StageContext) -> Setup:
         context.check_length("ppo.mixture.chunk_length", settings.mixture.chunk_length, actor)
         text = PretrainingText(settings.mixture, chat, limit, recipe.run.seed)
     steps_per_iteration = settings.ppo_epochs * settings.minibatches
+    actor_steps = (num_iterations - settings.critic_warmup_iterations) * steps_per_iteration
+    context.log.note_long_warmup("ppo.warmup_steps", settings.warmup_steps, actor_steps)
     where = (context.device, context.dtype)
     learners = Learners(
         actor=TrainEngine(
             actor,
             settings.optimizer("actor"),
-            (num_iterations - settings.critic_warmup_iterations) * steps_per_iteration,
+            actor_steps,
             *where,
             "step 3, ppo, actor",
             settings.ema.decay if settings.ema.enabled else None,

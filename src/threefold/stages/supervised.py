@@ -68,6 +68,7 @@ def train_supervised(
     total = num_optimizer_steps(len(items), settings)
     steps_per_epoch = math.ceil(len(items) / settings.batch_size)
     eval_every = settings.eval_every or steps_per_epoch
+    log.note_long_warmup(f"{task.name}.warmup_steps", settings.warmup_steps, total)
     initial = task.evaluate()
     log.log(0, initial)
     best, best_step = dict[str, float](), 0
