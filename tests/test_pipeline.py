@@ -43,8 +43,9 @@ EXPECTED_BY_PREFIX = {
     "run.seed": ALL, "run.": NONE,
     "model.reward": AFTER_SFT, "model.retokenise_for_reward": ONLY_PPO, "model.": ALL,
     "data.max_prompt_length": ONLY_PPO, "data.": ALL,
-    "sft.micro_batch_size": NONE, "reward.micro_batch_size": NONE, "ppo.micro_batch_size": NONE,
-    "ppo.parity_bound": NONE, "ppo.kl_target": NONE, "ppo.kl_horizon": NONE,
+    "sft.micro_batch_": NONE, "reward.micro_batch_": NONE, "ppo.micro_batch_": NONE, "generation.": NONE,
+    "ppo.gradient_checkpointing": NONE, "ppo.offload_optimizer": NONE, "ppo.parity_bound": NONE,
+    "ppo.kl_target": NONE, "ppo.kl_horizon": NONE,
     "sft.": ALL, "reward.": AFTER_SFT, "ppo.": ONLY_PPO, "evaluate.": NONE,
 }  # fmt: skip
 """Steps that a change of a field must run again; the first prefix that fits counts."""

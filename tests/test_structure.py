@@ -20,11 +20,11 @@ PACKAGE = ROOT / "src" / "threefold"
 
 LEVELS = {
     "types": 0, "errors": 0, "algo": 0, "interrupt": 0,
-    "config": 1, "metrics": 1,
+    "config": 1, "metrics": 1, "machine": 1,
     "data": 2, "models": 2, "inference": 2,
     "engine": 3, "checkpoint": 3,
     "stages": 4, "plan": 4, "report": 4, "summary": 4,
-    "pipeline": 5, "serve": 5, "compat": 5,
+    "pipeline": 5, "serve": 5, "compat": 5, "bench": 5,
     "cli": 6, "__main__": 7,
 }  # fmt: skip
 

@@ -124,7 +124,9 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 def without_times(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same records without what a clock measured."""
-    return [{k: v for k, v in record.items() if not k.startswith(("timing_s/", "perf/"))} for record in metrics]
+    return [
+        {k: v for k, v in record.items() if not k.startswith(("timing_s/", "memory/", "perf/"))} for record in metrics
+    ]
 
 
 def weights(directory: Path) -> dict[str, Tensor]:

@@ -28,3 +28,7 @@ class CheckpointError(ThreefoldError):
 
 class TrainingError(ThreefoldError):
     """Training reached a state from which it must not go on; what was finished before is on disk."""
+
+
+class ParityError(TrainingError):
+    """What generates is not what trains: their log-probs of the same tokens differ beyond the recipe's bound."""

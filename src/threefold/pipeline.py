@@ -62,6 +62,10 @@ class Step:
     settings: Mapping[str, Any]
 
 
+PASSES = {"micro_batch_size", "micro_batch_tokens"}
+"""Fields that bound a forward pass, and change no result."""
+
+
 def graph(recipe: Recipe) -> tuple[Step, ...]:
     """The steps of a recipe in order, each with exactly the settings that its result depends on."""
     data = recipe.data
@@ -79,8 +83,11 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
     from_sft = not recipe.model.reward
     mixture = {"text": _source(recipe.ppo.mixture.source, recipe)} if recipe.ppo.mixture.source else {}
     # what only bounds memory, checks or reports does not count, nor where the text lies: its content does
-    sft_settings = recipe.sft.model_dump(exclude={"micro_batch_size"})
-    unread: dict[str, Any] = {"micro_batch_size": True, "parity_bound": True, "mixture": {"source": True}}
+    sft_settings = recipe.sft.model_dump(exclude=PASSES)
+    unread: dict[str, Any] = {
+        **dict.fromkeys([*PASSES, "gradient_checkpointing", "offload_optimizer", "parity_bound"], True),
+        "mixture": {"source": True},
+    }
     if recipe.ppo.kl_controller == "fixed":
         unread |= {"kl_target": True, "kl_horizon": True}
     return (
@@ -100,7 +107,7 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
                 **shared,
                 **answers,
                 "start": "" if from_sft else content_hash(recipe.model.reward),
-                "reward": recipe.reward.model_dump(exclude={"micro_batch_size"}),
+                "reward": recipe.reward.model_dump(exclude=PASSES),
             },
         ),
         Step(

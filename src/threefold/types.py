@@ -76,6 +76,9 @@ class TokenSequence:
     trained: tuple[bool, ...]
     prompt_length: int
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -98,6 +101,9 @@ class Rollout:
     sampled_logprobs: torch.Tensor
     finish_reason: FinishReason
     policy_version: int
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.tiny import MODELS, read_metrics, same_weights, tiny_recipe, train, weights, without_times, write_recipe
 from threefold.checkpoint import hash_of
 from threefold.data.chat import build_chat_format
+from threefold.engine.train import MicroBatching
 from threefold.models.loading import generation_stop_ids, load_scalar_model, load_tokenizer
 from threefold.pipeline import graph, step_keys
 from threefold.stages.rollout import RewardScorer
@@ -145,7 +146,9 @@ def test_plain_transformers_scores_as_we_do(tiny_run: Path) -> None:
             zeros = torch.zeros(len(response))
             reason: FinishReason = "stop" if finished else "length"
             rollouts.append(Rollout(torch.tensor(chat.prompt_ids(messages)), response, zeros, zeros, reason, 0))
-    scorer = RewardScorer(load_scalar_model(str(directory)), chat, chat, False, torch.device("cpu"), torch.float32)
+    scorer = RewardScorer(
+        load_scalar_model(str(directory)), chat, chat, False, torch.device("cpu"), torch.float32, MicroBatching()
+    )
     ours = scorer([messages for messages in prompts for _ in range(2)], rollouts)
     whole = [torch.cat([rollout.prompt_ids, rollout.response_ids]) for rollout in rollouts]
     batch = torch.full((len(whole), max(map(len, whole))), chat.pad_id)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from tests.models.families_under_test import tiny_causal_lm
+from tests.models.families_under_test import EOS, PAD, tiny_causal_lm, tiny_tokenizer
+from threefold.config.recipe import LoRASection
 from threefold.engine.ema import ExponentialMovingAverage
+from threefold.models.adapters import adapters_off, add_lora, merged_state_dict
+from threefold.models.loading import save_model
 
 DECAY = 0.9
 
@@ -126,3 +132,47 @@ def test_it_holds_no_gradients() -> None:
     assert not any(weight.requires_grad for weight in average._weights.values())
     with average.applied_to(model):
         assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_frozen_is_not_averaged() -> None:
+    model = tiny_causal_lm("llama")
+    model.base_model.requires_grad_(False)
+    average = ExponentialMovingAverage(model, DECAY)
+    assert average._weights.keys() == {"lm_head.weight"}
+    start = copies(model)
+    walk(model, seed=0)
+    average.update(model)
+    found, own = averaged(average, model), copies(model)
+    frozen = found.keys() - {"lm_head.weight"}
+    assert all(torch.equal(found[name], own[name]) for name in frozen)
+    expected = DECAY * start["lm_head.weight"] + (1 - DECAY) * own["lm_head.weight"]
+    torch.testing.assert_close(found["lm_head.weight"], expected, atol=1e-6, rtol=0)
+
+
+def test_of_adapters_the_factors_are_averaged_and_saved_merged(tmp_path: Path) -> None:
+    """W + scaling * mean(B) mean(A), the means by the plain formula in float64; tolerance 1e-5."""
+    model = tiny_causal_lm("opt")
+    add_lora(model, LoRASection(rank=2), 0, "ppo.actor_lora")
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    average = ExponentialMovingAverage(model, DECAY)
+    assert average._weights.keys() == trainable
+    naive = copies(model, torch.float64)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in trainable:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                    naive[name] = DECAY * naive[name] + (1 - DECAY) * (parameter.double())
+        with adapters_off(model):  # its switch of requires_grad is not the average's business
+            average.update(model)
+    own = merged_state_dict(model)
+    with average.applied_to(model):
+        save_model(model, tiny_tokenizer(), tmp_path, frozenset({EOS}), PAD)
+    saved = load_file(tmp_path / "model.safetensors")
+    layer = "model.decoder.layers.1.fc1"
+    a, b = (naive[f"{layer}.lora_{factor}.default.weight"] for factor in "AB")
+    expected = naive[f"{layer}.base_layer.weight"] + 2 * b @ a
+    torch.testing.assert_close(saved[f"{layer}.weight"].double(), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(saved[f"{layer}.weight"], own[f"{layer}.weight"], atol=1e-3)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in merged_state_dict(model).items())

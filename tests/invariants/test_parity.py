@@ -1,6 +1,6 @@
 """Log-probabilities that decoding records equal those of the training forward, and both equal the plain definition.
 
-Three ways to the same number, in every family, fp32, to 1e-4 nats: the decode loop (left-padded, cached, rows taken out
+Three ways to the same number, in every family, fp32, to 1e-5 nats: the decode loop (left-padded, cached, rows taken out
 of the batch), `CausalForward.target_logprobs` on the right-padded whole, and log_softmax of transformers' logits for
 each row alone.
 """
@@ -16,18 +16,19 @@ from transformers import PreTrainedModel
 from tests.models.families_under_test import (
     CONFIGS,
     CONTEXT,
+    VARIANTS,
     VOCAB,
     ragged_ids,
     right_padded,
     tiny_causal_lm,
 )
 from threefold.config.recipe import SamplingSection
-from threefold.inference.generate import generate
+from threefold.inference.generate import decoder_for, generate
 from threefold.models.forward import CausalForward
 from threefold.models.loading import load_causal_lm, load_tokenizer
 from threefold.types import Rollout
 
-TOLERANCE_NATS = 1e-4
+TOLERANCE_NATS = 1e-5
 PROMPT_LENGTHS = [3, 17, 1, 9, 12, 5, 2, 20]
 STOPS = frozenset(range(3, 13))
 
@@ -36,26 +37,29 @@ def sampled(
     model: PreTrainedModel, sampling: SamplingSection, stops: frozenset[int], lengths: list[int] = PROMPT_LENGTHS
 ) -> list[Rollout]:
     prompts = ragged_ids(1, lengths)
-    return generate(CausalForward(model), prompts, sampling, stops, torch.Generator().manual_seed(3))
+    decoder = decoder_for(model, lambda _: None)
+    return generate(decoder, prompts, sampling, stops, torch.Generator().manual_seed(3))
 
 
 @torch.no_grad()
-def assert_parity(model: PreTrainedModel, rollouts: list[Rollout], temperature: float) -> None:
+def assert_parity(
+    model: PreTrainedModel, rollouts: list[Rollout], temperature: float, tolerance: float = TOLERANCE_NATS
+) -> None:
     whole = [rollout.prompt_ids.tolist() + rollout.response_ids.tolist() for rollout in rollouts]
     ids, mask = right_padded(whole)
     targets = mask.clone()
     for row, rollout in enumerate(rollouts):
         targets[row, : len(rollout.prompt_ids)] = False
-    trained, _ = CausalForward(model).target_logprobs(ids, mask, targets, temperature)
+    trained, _ = CausalForward(model).target_logprobs(ids, targets, temperature)
     pieces = trained.split([len(rollout.response_ids) for rollout in rollouts])
     for sequence, rollout, piece in zip(whole, rollouts, pieces, strict=True):
         logits = model(input_ids=torch.tensor([sequence])).logits[0, len(rollout.prompt_ids) - 1 : -1]
         plain = (logits.float() / temperature).log_softmax(-1).gather(1, rollout.response_ids[:, None])[:, 0]
-        torch.testing.assert_close(rollout.logprobs, plain, atol=TOLERANCE_NATS, rtol=0)
-        torch.testing.assert_close(piece, plain, atol=TOLERANCE_NATS, rtol=0)
+        torch.testing.assert_close(rollout.logprobs, plain, atol=tolerance, rtol=0)
+        torch.testing.assert_close(piece, plain, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
 def test_decoding_equals_training_with_rows_leaving_the_batch(family: str) -> None:
     model = tiny_causal_lm(family)
     rollouts = sampled(model, SamplingSection(temperature=1.4, max_new_tokens=24), STOPS)
@@ -65,7 +69,7 @@ def test_decoding_equals_training_with_rows_leaving_the_batch(family: str) -> No
     assert_parity(model, rollouts, 1.4)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
 def test_one_token_answers_that_all_stop_at_once_and_a_batch_of_one(family: str) -> None:
     model = tiny_causal_lm(family)
     at_once = sampled(model, SamplingSection(temperature=1.6, max_new_tokens=8), frozenset(range(VOCAB)))
@@ -102,8 +106,13 @@ def test_parity_of_real_checkpoints(shared: Path, name: str, stops: set[int]) ->
     prompts = [tokenizer(text).input_ids for text in texts]
     sampling = SamplingSection(temperature=0.8, max_new_tokens=40)
     rollouts = generate(
-        CausalForward(model), prompts, sampling, frozenset(stops | {prompts[1][-1]}), torch.Generator().manual_seed(0)
+        decoder_for(model, lambda _: None),
+        prompts,
+        sampling,
+        frozenset(stops | {prompts[1][-1]}),
+        torch.Generator().manual_seed(0),
     )
     assert {len(rollout.response_ids) for rollout in rollouts} != {40}
     assert prompts[0][0] == 1  # BOS, which is a stop id as well
-    assert_parity(model, rollouts, 0.8)
+    # transformers' own float32 is up to 2.5e-5 away from its float64 on these
+    assert_parity(model, rollouts, 0.8, tolerance=3e-5)

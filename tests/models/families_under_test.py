@@ -15,10 +15,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BloomConfig,
+    CodeGenConfig,
     CohereConfig,
     FalconConfig,
     Gemma2Config,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -27,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 VOCAB = 40
@@ -95,6 +99,79 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "cohere": lambda: CohereConfig(**COMMON, **GATED, logit_scale=0.25),
 }
+
+GPT_J: dict[str, Any] = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": CONTEXT,
+    "rotary_dim": 4,  # of 8 dimensions of a head
+    "resid_pdrop": 0.3,
+    "embd_pdrop": 0.3,
+    "attn_pdrop": 0.3,
+}
+NEOX: dict[str, Any] = {name: value for name, value in GATED.items() if name != "num_key_value_heads"}
+
+
+def scaled_rotary(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    """Fields of a config whose positions are scaled, of a model that was trained with 16."""
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 100.0, "factor": 4.0, **parameters}}
+
+
+LLAMA3_SCALING = scaled_rotary("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+
+VARIANTS: dict[str, Callable[[], Any]] = {
+    "gpt-neo": lambda: GPTNeoConfig(
+        **COMMON,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        window_size=6,
+        max_position_embeddings=CONTEXT,
+        resid_dropout=0.3,
+        embed_dropout=0.3,
+        attention_dropout=0.3,
+    ),
+    "gpt-j": lambda: GPTJConfig(**COMMON, **GPT_J),
+    "codegen": lambda: CodeGenConfig(**COMMON, **{**GPT_J, "n_head": 8, "n_embd": 64}),
+    "qwen3": lambda: Qwen3Config(**COMMON, **GATED, head_dim=12, attention_bias=True),
+    "opt-no-final-norm": lambda: OPTConfig(
+        **COMMON,
+        **OPT,
+        word_embed_proj_dim=32,
+        _remove_final_layer_norm=True,
+        enable_bias=False,
+        activation_function="gelu",
+    ),
+    "gpt2-unscaled": lambda: GPT2Config(
+        **COMMON,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=CONTEXT,
+        scale_attn_weights=False,
+        activation_function="relu",
+    ),
+    "gpt-neox-sequential": lambda: GPTNeoXConfig(**COMMON, **NEOX, use_parallel_residual=False, attention_bias=False),
+    "gpt-neox-whole-rotary": lambda: GPTNeoXConfig(**COMMON, **NEOX, rotary_pct=1.0),
+    "bloom-6-heads": lambda: BloomConfig(**COMMON, hidden_size=48, n_layer=2, n_head=6, **UNTIED),
+    "llama-biases": lambda: LlamaConfig(
+        **COMMON, **{**GATED, "num_key_value_heads": 4}, attention_bias=True, mlp_bias=True, head_dim=10
+    ),
+    "llama-llama3": lambda: LlamaConfig(**COMMON, **GATED, **LLAMA3_SCALING),
+    "llama-linear": lambda: LlamaConfig(**COMMON, **GATED, **scaled_rotary("linear")),
+    "llama-yarn": lambda: LlamaConfig(**COMMON, **GATED, **scaled_rotary("yarn", original_max_position_embeddings=16)),
+    "mistral-without-window": lambda: MistralConfig(**COMMON, **GATED, sliding_window=None),
+    "qwen2-window": lambda: Qwen2Config(  # on the last layer only
+        **COMMON, **GATED, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "qwen3-window": lambda: Qwen3Config(
+        **COMMON, **GATED, head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=0
+    ),
+}
+"""More families, and forms of those above, for the tests of what computes by its own code."""
+
 NOT_PLAIN = {"gemma2", "cohere"}
 """Families whose logits are more than the output head applied to the hidden states."""
 
@@ -111,7 +188,7 @@ def randomise(model: PreTrainedModel, seed: int, spread: float = 0.3) -> PreTrai
 
 def tiny_causal_lm(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random causal model of the family; `changes` are config fields."""
-    config = CONFIGS[family]()
+    config = {**CONFIGS, **VARIANTS}[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     return randomise(AutoModelForCausalLM.from_config(config), seed)

@@ -242,7 +242,7 @@ def test_a_saved_reward_model_scores_the_same_in_transformers(family: str, tmp_p
     sequences = [[token if token != PAD else 7 for token in row] for row in ragged_ids(8, [9, 3, 6])]
     ids, mask = right_padded(sequences)
     with torch.no_grad():
-        ours = answer_scores(model, ids, mask, mask.sum(dim=1))
+        ours = answer_scores(model, ids, mask.sum(dim=1))
         for arguments in ({"num_labels": 1}, {}):
             theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", **arguments)
             logits = theirs.eval()(input_ids=ids, attention_mask=mask.long()).logits

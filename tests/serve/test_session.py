@@ -68,7 +68,7 @@ def test_the_prompt_is_the_whole_conversation_with_the_system_message(fox: Path)
 def test_history_is_cut_by_whole_turns_and_the_system_message_stays(tiny_run: Path) -> None:
     system = Message("system", "Be kind.")
     session = session_of(tiny_run, system=system.content, seed=3)
-    limit = context_length(session.forward.model)
+    limit = context_length(session.decoder.model)
     assert limit == 288
     turns = []
     for number in range(12):

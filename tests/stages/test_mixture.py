@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_recipe
 from threefold.data.chat import ChatFormat, build_chat_format
+from threefold.engine.train import MicroBatching
 from threefold.models.forward import CausalForward
 from threefold.models.loading import load_causal_lm, load_tokenizer
 from threefold.stages.mixture import PretrainingText
@@ -45,14 +46,14 @@ def test_passes_follow_each_other_and_each_takes_every_chunk_once(text: Pretrain
     assert len({tuple(one) for one in passes}) == 3, "each in its own order"
 
 
-@pytest.mark.parametrize("micro_batch_size", [0, 2])
+@pytest.mark.parametrize("max_sequences", [0, 2])
 def test_the_losses_are_the_coefficient_times_transformers_loss(
-    text: PretrainingText, chat: ChatFormat, tiny_run: Path, micro_batch_size: int, tmp_path: Path
+    text: PretrainingText, chat: ChatFormat, tiny_run: Path, max_sequences: int, tmp_path: Path
 ) -> None:
     """Chunks are equally long, so transformers' mean over the batch is the mean per token; tolerance 1e-6."""
     forward = CausalForward(load_causal_lm(str(tiny_run / "sft")))
-    closures = text.losses(forward, micro_batch_size, CPU)
-    assert len(closures) == (2 if micro_batch_size else 1)
+    closures = text.losses(forward, MicroBatching(max_sequences), CPU)
+    assert len(closures) == (2 if max_sequences else 1)
     with torch.no_grad():
         ours = sum(float(closure()) for closure in closures)
     text._num_batches = 0

@@ -17,14 +17,16 @@ from tests.tiny import tiny_recipe
 from threefold.config.recipe import PPOSection
 from threefold.data.chat import ChatFormat, build_chat_format, ensure_pad_token
 from threefold.data.prepare import PreparedPrompt
+from threefold.engine.train import MicroBatching
 from threefold.errors import ConfigError, DataError
 from threefold.inference.generate import generate
 from threefold.models.forward import CausalForward
 from threefold.models.loading import generation_stop_ids, load_causal_lm, load_scalar_model, load_tokenizer
-from threefold.stages.rollout import RewardScorer, ScoredBatch, Scorers, make_experience, same_tokens
+from threefold.stages.rollout import Reference, RewardScorer, ScoredBatch, Scorers, make_experience, same_tokens
 from threefold.types import FinishReason, Message, Prompt, Rollout
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
+PASSES = MicroBatching(max_tokens=50)
 QUESTIONS = ("Hi", "What is 2 plus 3?", "Sort b, c, a", "Why?", "Name a colour, please")
 
 
@@ -52,10 +54,10 @@ class Scene:
 def scene(tiny_run: Path) -> Scene:
     chat = chat_of(tiny_run / "sft")
     actor = CausalForward(load_causal_lm(str(tiny_run / "ppo/actor")))
-    scorer = RewardScorer(load_scalar_model(str(tiny_run / "reward")), chat, chat, False, CPU, FLOAT32)
+    scorer = RewardScorer(load_scalar_model(str(tiny_run / "reward")), chat, chat, False, CPU, FLOAT32, PASSES)
     critic = load_scalar_model(str(tiny_run / "ppo/critic"))
     reference = CausalForward(load_causal_lm(str(tiny_run / "sft")))
-    scorers = Scorers(reference, critic, scorer, chat.pad_id, CPU, FLOAT32)
+    scorers = Scorers(Reference(reference), critic, scorer, chat.pad_id, CPU, FLOAT32, PASSES)
     prompts = prepared(chat)
     sampling = tiny_recipe("--ppo.sampling.temperature=0.7", "--ppo.sampling.max_new_tokens=9").ppo.sampling
     ids = [prompt.ids for prompt in prompts]
@@ -168,9 +170,11 @@ def test_a_fresh_critic_knows_the_score_of_a_finished_answer(tiny_run: Path, sce
     """Started from the reward model, its value after an answer's last token is that answer's normalised score."""
     chat = chat_of(tiny_run / "sft")
     reward = load_scalar_model(str(tiny_run / "reward"))
-    scorer = RewardScorer(reward, chat, chat, False, CPU, FLOAT32)
+    scorer = RewardScorer(reward, chat, chat, False, CPU, FLOAT32, PASSES)
     reference = CausalForward(load_causal_lm(str(tiny_run / "sft")))
-    scorers = Scorers(reference, load_scalar_model(str(tiny_run / "reward")), scorer, chat.pad_id, CPU, FLOAT32)
+    scorers = Scorers(
+        Reference(reference), load_scalar_model(str(tiny_run / "reward")), scorer, chat.pad_id, CPU, FLOAT32, PASSES
+    )
     # One token more, whose value stands before it, that is at the end of the answer.
     longer = [
         Rollout(r.prompt_ids, torch.cat([r.response_ids, torch.tensor([7])]), torch.cat([r.logprobs, torch.zeros(1)]),
@@ -197,7 +201,7 @@ def test_records_are_complete_and_ragged(scene: Scene) -> None:
 def test_a_batch_scored_alone_or_together_is_the_same(scene: Scene, tiny_run: Path) -> None:
     """More rollouts than a scoring batch holds; tolerance 1e-5."""
     chat = chat_of(tiny_run / "sft")
-    scorer = RewardScorer(load_scalar_model(str(tiny_run / "reward")), chat, chat, False, CPU, FLOAT32)
+    scorer = RewardScorer(load_scalar_model(str(tiny_run / "reward")), chat, chat, False, CPU, FLOAT32, PASSES)
     messages = [prompt.prompt.messages for prompt in scene.prompts]
     alone = torch.cat([scorer([m], [r]) for m, r in zip(messages, scene.rollouts, strict=True)])
     together = scorer(messages * 14, scene.rollouts * 14)
@@ -218,8 +222,8 @@ def test_a_reward_model_with_another_vocabulary_is_refused_or_reads_the_text(sha
     judge_chat, judge = chat_of(judge_source, "dialogue"), load_scalar_model(str(judge_source), new_head_seed=1)
     assert not same_tokens(actor_chat, judge_chat)
     with pytest.raises(ConfigError, match=r"\(105 tokens\).*\(512 tokens\).*retokenise_for_reward true"):
-        RewardScorer(judge, judge_chat, actor_chat, False, CPU, FLOAT32)
-    scorer = RewardScorer(judge, judge_chat, actor_chat, True, CPU, FLOAT32)
+        RewardScorer(judge, judge_chat, actor_chat, False, CPU, FLOAT32, PASSES)
+    scorer = RewardScorer(judge, judge_chat, actor_chat, True, CPU, FLOAT32, PASSES)
     prompts = prepared(actor_chat, ["Who is there", "Who is there"])
     answer = actor_chat.answer_ids(prompts[0].prompt.messages, "A little dog")
     rollouts = [fake_rollout(prompts[0], answer, "stop"), fake_rollout(prompts[1], answer[:-1], "length")]
@@ -237,7 +241,7 @@ def test_a_text_longer_than_the_judges_context_is_refused(shared: Path) -> None:
     actor_chat = chat_of(shared / "models/stories260K", "dialogue")
     source = shared / "models/babyllama-char-1M"
     judge = load_scalar_model(str(source), new_head_seed=1)
-    scorer = RewardScorer(judge, chat_of(source, "dialogue"), actor_chat, True, CPU, FLOAT32)
+    scorer = RewardScorer(judge, chat_of(source, "dialogue"), actor_chat, True, CPU, FLOAT32, PASSES)
     (prompt,) = prepared(actor_chat, ["word " * 60])
     rollout = fake_rollout(prompt, actor_chat.answer_ids(prompt.prompt.messages, "yes"), "stop")
     with pytest.raises(DataError, match=r"context of 256: lower data.max_prompt_length or ppo.sampling.max_new_tokens"):

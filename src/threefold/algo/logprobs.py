@@ -21,15 +21,29 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
     Returns:
         [...], float32, nats, <= 0.
     """
-    scaled = logits.float() / temperature
-    return torch.gather(scaled, -1, token_ids.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
+    log_probabilities = F.log_softmax(_scaled(logits, temperature), dim=-1)
+    return log_probabilities.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature), [...], float32, nats: logsumexp(x) - sum p x."""
-    scaled = logits.float() / temperature
-    probabilities = F.softmax(scaled, dim=-1)
-    return torch.logsumexp(scaled, dim=-1) - (probabilities * scaled).sum(dim=-1)
+    """Entropy of softmax(logits / temperature), [...], float32, nats: - sum p log p."""
+    scaled = _scaled(logits, temperature)
+    log_probabilities = F.log_softmax(scaled, dim=-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+
+
+def _logprobs_and_entropy(
+    logits: Tensor, token_ids: Tensor, temperature: float, train_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` and `token_entropy` from one log softmax."""
+    log_probabilities = F.log_softmax(_scaled(logits, temperature), dim=-1)
+    logprobs = log_probabilities.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    every = log_probabilities if train_entropy else log_probabilities.detach()
+    return logprobs, -(every.exp() * every).sum(dim=-1)
 
 
 def chunked_logprobs(
@@ -37,12 +51,13 @@ def chunked_logprobs(
     token_ids: Tensor,
     head: Callable[[Tensor], Tensor],
     temperature: float = 1.0,
-    chunk_tokens: int = 2048,
+    chunk_tokens: int = 1024,
+    train_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token and entropy of its distribution, the output head applied chunk by chunk.
 
-    With gradients on, each chunk's logits are recomputed in the backward pass instead of kept, so peak memory is one
-    [chunk_tokens, V] float32 tensor, whatever the batch. A single chunk is not recomputed: there is nothing to save.
+    With gradients on, each chunk's logits are recomputed in the backward pass instead of kept, so peak memory is that
+    of one [chunk_tokens, V] float32 tensor, whatever the batch. A single chunk is not recomputed: nothing is saved.
 
     Args:
         hidden: [M, D], the hidden state from which each token is predicted.
@@ -50,21 +65,21 @@ def chunked_logprobs(
         head: maps [m, D] to logits [m, V].
         temperature: > 0.
         chunk_tokens: tokens per chunk.
+        train_entropy: whether the entropies carry a gradient; without, they cost one pass over the probabilities.
 
     Returns:
         log-probabilities [M] and entropies [M], float32, nats.
     """
 
     def one_chunk(hidden_chunk: Tensor, ids_chunk: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden_chunk)
-        return token_logprobs(logits, ids_chunk, temperature), token_entropy(logits, temperature)
+        return _logprobs_and_entropy(head(hidden_chunk), ids_chunk, temperature, train_entropy)
 
     if len(token_ids) <= chunk_tokens:
         return one_chunk(hidden, token_ids)
+    recompute = torch.is_grad_enabled()
     pieces = []
     for start in range(0, len(token_ids), chunk_tokens):
         chunk = (hidden[start : start + chunk_tokens], token_ids[start : start + chunk_tokens])
-        recompute = torch.is_grad_enabled()
         pieces.append(checkpoint(one_chunk, *chunk, use_reentrant=False) if recompute else one_chunk(*chunk))
     logprobs, entropies = zip(*pieces, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)

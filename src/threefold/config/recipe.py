@@ -138,6 +138,32 @@ class OptimizerSection(Section):
     """Optimizer steps of linear warm-up."""
 
 
+class LoRASection(Section):
+    """Low-rank adapters (Hu et al. 2021): the weights stay as they are, and each chosen matrix W acts as
+    W + alpha / rank * B A, of which only A and B are trained."""
+
+    rank: NonNegativeInt = 0
+    """Rows of A and columns of B; 0 trains the whole model. (Adapters usually want some ten times the learning rate of
+    the whole model.)"""
+    alpha: NonNegativeInt = 0
+    """B A is multiplied by alpha / rank; 0 means 2 * rank, so by 2. (DeepSpeed-Chat: by 1 / rank.)"""
+    dropout: BelowOne = 0.0
+    """Dropout on what goes into A; must be 0 in step 3."""
+    target_modules: Annotated[list[str], Field(min_length=1)] = ["all-linear"]
+    """Which linear layers of the transformer blocks: "all-linear", or the ends of their names, as in q_proj,v_proj. The
+    language-model head is never among them; a score head is always trained whole."""
+
+    def effective_alpha(self) -> int:
+        """alpha, its 0 resolved."""
+        return self.alpha or 2 * self.rank
+
+    @model_validator(mode="after")
+    def _all_or_names(self) -> LoRASection:
+        if "all-linear" in self.target_modules and len(self.target_modules) > 1:
+            raise ValueError('target_modules "all-linear" leaves nothing to add: give it alone, or give names')
+        return self
+
+
 class SupervisedSection(OptimizerSection):
     """What steps 1 and 2 have in common."""
 
@@ -148,13 +174,17 @@ class SupervisedSection(OptimizerSection):
     batch_size: PositiveInt = 16
     """Examples per optimizer step."""
     micro_batch_size: NonNegativeInt = 0
-    """Examples per forward pass; 0 means batch_size. Does not change the result, only memory."""
+    """At most this many examples per forward pass; 0 is no limit. Does not change the result, only memory and speed."""
+    micro_batch_tokens: NonNegativeInt = 0
+    """At most this many tokens, padding included, per forward pass; 0 means what suits the device (2048 on a CPU,
+    16384 on a GPU). Examples of like length pass together. Does not change the result, only memory and speed."""
     eval_every: NonNegativeInt = 0
     """Optimizer steps between evaluations; 0 evaluates at the end of each epoch."""
     max_eval_examples: PositiveInt = 512
     """At most this many held-out examples per evaluation."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability wherever the model has dropout."""
+    lora: LoRASection = LoRASection()
 
 
 class SFTSection(SupervisedSection):
@@ -228,7 +258,17 @@ class PPOSection(Section):
     minibatches: PositiveInt = 1
     """Optimizer steps per pass: the experience is cut into this many minibatches."""
     micro_batch_size: NonNegativeInt = 0
-    """Sequences per forward pass; 0 means a whole minibatch. Does not change the result, only memory."""
+    """At most this many sequences per forward pass; 0 is no limit. Does not change the result, only memory and
+    speed."""
+    micro_batch_tokens: NonNegativeInt = 0
+    """At most this many tokens, padding included, per forward pass, in scoring too; 0 means what suits the device (2048
+    on a CPU, 16384 on a GPU). Sequences of like length pass together. Does not change the result, only memory and
+    speed."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside a block in the update of actor and critic but compute them again: less memory, about a
+    third more time. The gradient is the same."""
+    offload_optimizer: bool = False
+    """On a GPU, move the optimizer's state to host memory while answers are generated and scored."""
     kl_coef: NonNegativeFloat = 0.1
     """Weight of the per-token KL penalty in the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -289,6 +329,8 @@ class PPOSection(Section):
     sampling: SamplingSection = SamplingSection()
     ema: EMASection = EMASection()
     mixture: MixtureSection = MixtureSection()
+    actor_lora: LoRASection = LoRASection()
+    critic_lora: LoRASection = LoRASection()
 
     def optimizer(self, model: Literal["actor", "critic"]) -> OptimizerSection:
         """The optimizer settings of one of the two trained models."""
@@ -327,6 +369,32 @@ class PPOSection(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _adapters_without_dropout(self) -> PPOSection:
+        for name, lora in (("actor_lora", self.actor_lora), ("critic_lora", self.critic_lora)):
+            if lora.dropout > 0:
+                raise ValueError(
+                    f"{name}.dropout {lora.dropout:g} makes two passes of one model differ, and PPO compares log-probs "
+                    "and values of answers with those of the pass before: set it to 0"
+                )
+        return self
+
+
+class GenerationSection(Section):
+    """How the hybrid engine decodes: speed and memory, never which answers are likely."""
+
+    max_rows: NonNegativeInt = 0
+    """At most this many answers decoded together, the others wait for a place; 0 means as many as the memory for keys
+    and values holds, and 64 at most on a CPU."""
+    kv_memory_gib: NonNegativeFloat = 0.0
+    """Ceiling of the memory for keys and values, GiB; 0 means four fifths of what is measured free. Given back after
+    every phase of generation."""
+    packed_weights: Literal["auto", "never"] = "auto"
+    """auto keeps, while generating on a CPU, a second copy of the matrices in the layout that its kernel reads fastest;
+    never reads the training weights themselves, without a copy."""
+    cuda_graphs: Literal["auto", "never"] = "auto"
+    """auto records the decode step as a CUDA graph, where the family has a decoder and the device is a GPU."""
+
 
 class EvaluateSection(Section):
     """The comparison of the stages that closes a run."""
@@ -348,4 +416,5 @@ class Recipe(Section):
     sft: SFTSection = SFTSection()
     reward: RewardSection = RewardSection()
     ppo: PPOSection = PPOSection()
+    generation: GenerationSection = GenerationSection()
     evaluate: EvaluateSection = EvaluateSection()

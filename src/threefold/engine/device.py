@@ -11,6 +11,7 @@ import torch
 
 from threefold.config.recipe import RunSection
 from threefold.errors import ConfigError
+from threefold.machine.memory import keep_freed_memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,9 +41,10 @@ def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 def make_repeatable(run: RunSection) -> None:
     """Seed every global generator and fix the number of threads: the same recipe gives the same numbers on one
-    machine."""
+    machine. Freed memory is kept for the next phase."""
     random.seed(run.seed)
     numpy.random.seed(run.seed % 2**32)
     torch.manual_seed(run.seed)
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
+    keep_freed_memory()

@@ -13,34 +13,39 @@ class ExponentialMovingAverage:
     """ema <- decay * ema + (1 - decay) * weight, in float32, once per optimizer step.
 
     Float32 whatever the model's type: in half precision the update is smaller than a rounding step and the average
-    stands still. Weights that are tied in the model are kept once.
+    stands still. Weights that are tied in the model are kept once. Only what is trainable when the average is made is
+    averaged: the average of a frozen weight is that weight.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._weights: dict[str, Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in model.named_parameters()
+            name: parameter.detach().to(torch.float32, copy=True)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
         }
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the model's present weights."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in self._averaged(model):
             self._weights[name].lerp_(parameter.detach().float(), 1.0 - self.decay)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Put the average into the model for the time of the block; afterwards the model's own weights are back, bit
         for bit."""
-        own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        own = {name: parameter.detach().clone() for name, parameter in self._averaged(model)}
         try:
             self._write(model, self._weights)
             yield
         finally:
             self._write(model, own)
 
-    @staticmethod
+    def _averaged(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in model.named_parameters() if name in self._weights]
+
     @torch.no_grad()
-    def _write(model: nn.Module, weights: dict[str, Tensor]) -> None:
-        for name, parameter in model.named_parameters():
+    def _write(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._averaged(model):
             parameter.copy_(weights[name])

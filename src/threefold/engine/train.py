@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from threefold.config.recipe import OptimizerSection
 from threefold.engine.device import precision
@@ -29,10 +31,44 @@ class StepResult:
     learning_rate: float
 
 
-def micro_batches(items: Sequence[Item], micro_batch_size: int) -> list[Sequence[Item]]:
-    """Cut a batch into micro-batches of at most this many items; 0 means one piece."""
-    size = micro_batch_size or max(len(items), 1)
-    return [items[start : start + size] for start in range(0, len(items), size)]
+@dataclass(frozen=True)
+class MicroBatching:
+    """How a batch is cut into forward passes: sequences of like length together, so that little of a pass is padding.
+
+    Attributes:
+        max_sequences: in one pass; 0 is no limit.
+        max_tokens: in one pass, padding included; 0 is no limit. A longer sequence passes alone.
+    """
+
+    max_sequences: int = 0
+    max_tokens: int = 0
+
+    def cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of each pass, longest sequences first; every index once. Equal lengths keep their order."""
+        passes: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            longest = lengths[passes[-1][0]] if passes else 0
+            size = len(passes[-1]) + 1 if passes else 0
+            full = (self.max_sequences and size > self.max_sequences) or (
+                self.max_tokens and size * longest > self.max_tokens
+            )
+            if not passes or full:
+                passes.append([])
+            passes[-1].append(index)
+        return passes
+
+    def of(self, items: Sequence[Item], length_of: Callable[[Item], int]) -> list[list[Item]]:
+        """The items of each pass."""
+        return [[items[index] for index in part] for part in self.cut([length_of(item) for item in items])]
+
+
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
+"""On a CPU the activations of a pass should stay in the cache; a GPU needs long passes to be busy."""
+
+
+def micro_batching(max_sequences: int, max_tokens: int, device: torch.device) -> MicroBatching:
+    """The recipe's micro_batch_size and micro_batch_tokens, 0 tokens standing for what suits the device."""
+    return MicroBatching(max_sequences, max_tokens or AUTO_MICRO_BATCH_TOKENS.get(device.type, 4096))
 
 
 class TrainEngine:
@@ -45,13 +81,14 @@ class TrainEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         settings: OptimizerSection,
         total_steps: int,
         device: torch.device,
         dtype: torch.dtype,
         what: str,
         ema_decay: float | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.model = model
         self.num_steps = 0
@@ -60,12 +97,21 @@ class TrainEngine:
         self._grad_clip = settings.grad_clip
         self._optimizer, self._scheduler = build_optimizer(model, settings, max(total_steps, 1))
         self._loss = 0.0
+        self._checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            # the name changed within transformers 5
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def backward(self, loss_of: Callable[[], Tensor]) -> float:
         """Run the closure under the engine's precision and accumulate its gradient; return the closure's loss."""
+        training = self.model.training
+        # transformers checkpoints blocks in training mode only; with dropout at 0 the mode makes no other difference
+        self.model.train(training or self._checkpointing)
         with precision(self._device, self._dtype):
             loss = loss_of()
         loss.backward()
+        self.model.train(training)
         value = float(loss.detach())
         self._loss += value
         return value
@@ -74,6 +120,21 @@ class TrainEngine:
         """Run the closure for its side effects (statistics), without a gradient."""
         with torch.no_grad(), precision(self._device, self._dtype):
             loss_of()
+
+    @contextmanager
+    def optimizer_in_host_memory(self) -> Iterator[None]:
+        """For the time of the block, which must not step, the optimizer's state is in host memory."""
+        self._move_optimizer_state(torch.device("cpu"))
+        try:
+            yield
+        finally:
+            self._move_optimizer_state(self._device)
+
+    def _move_optimizer_state(self, device: torch.device) -> None:
+        for state in self._optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name] = value.to(device)
 
     def discard(self) -> None:
         """Forget the gradients accumulated since the last step."""

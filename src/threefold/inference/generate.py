@@ -1,140 +1,215 @@
-"""Batched decoding with the Hugging Face forward and a key-value cache.
+"""Answers to prompts: how many are worked on at once, and the answers as records.
 
-Prompts are left-padded, with a mask and per-row positions from the lengths. Rows that have stopped leave the batch as
-soon as they are half of it; the batch ends with its last row.
+The loop is scheduler.py's, the model that goes on with the sequences a `Decoder` or, where the family is not in its
+table, a `FallbackDecoder`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import PreTrainedModel
 
 from threefold.config.recipe import SamplingSection
-from threefold.data.collate import left_pad_prompts
-from threefold.errors import DataError, TrainingError
-from threefold.inference.sampling import draw_tokens
+from threefold.errors import ConfigError, DataError
+from threefold.inference.decoder import make_decoder, why_not_covered
+from threefold.inference.fallback import FallbackDecoder
+from threefold.inference.sampling import draw_tokens, draw_uniforms
+from threefold.inference.scheduler import ContinuousBatch, Finished, NonFiniteLogits, TokenDecoder
+from threefold.machine.memory import free_bytes
 from threefold.models.forward import CausalForward
-from threefold.models.loading import context_length
 from threefold.types import Rollout
 
+KV_SHARE_OF_FREE = 0.8
+"""Of the memory that is free when generation begins; the rest is for activations of the prefill and for logits."""
+PREFILL_TOKENS = {"cpu": 2048}
+PREFILL_TOKENS_OF_GPU = 16384
+"""Enough to keep the matrix kernels busy; more only takes memory."""
+GIB = 2**30
 
-def _check_room(forward: CausalForward, prompts: Sequence[Sequence[int]], sampling: SamplingSection) -> None:
-    limit = context_length(forward.model)
+
+@dataclass(frozen=True)
+class GenerationLimits:
+    """How much is worked on at once; it changes no answer.
+
+    Attributes:
+        max_rows: most answers that are decoded together; 0: as many as the memory holds.
+        kv_bytes: most memory for keys and values (generation.kv_memory_gib); 0: a share of what is free.
+        free_bytes: memory that is free on the device; 0: measured when generation begins.
+        prefill_tokens: most prompt tokens, padding included, in one prefill; 0: PREFILL_TOKENS of the device.
+    """
+
+    max_rows: int = 0
+    kv_bytes: int = 0
+    free_bytes: int = 0
+    prefill_tokens: int = 0
+
+
+def decoder_for(
+    model: PreTrainedModel, note: Callable[[str], None], cache_dtype: torch.dtype | None = None
+) -> TokenDecoder:
+    """The decoder of a model; where it has to be the slower one, `note` gets a line that says so.
+
+    Args:
+        cache_dtype: of keys, values, attention and packed weights, None for the weights'.
+    """
+    decoder = make_decoder(model, cache_dtype)
+    if decoder is not None:
+        return decoder
+    fallback = FallbackDecoder(CausalForward(model))
+    note(
+        f"{model.config.model_type} generates on the slower forward of transformers, {fallback.past.value} "
+        f"({why_not_covered(model)})"
+    )
+    return fallback
+
+
+def _check_room(limit: int | None, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {index + 1} of the batch is empty; a model needs at least one token to go on from")
-        if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
+        if limit is not None and len(prompt) + max_new_tokens > limit:
             raise DataError(
-                f"a prompt of {len(prompt)} tokens leaves no room for an answer of {sampling.max_new_tokens} "
-                f"in a context of {limit}; lower the prompt's limit or sampling.max_new_tokens"
+                f"prompt {index + 1} of the batch: a prompt of {len(prompt)} tokens leaves no room for an answer of "
+                f"{max_new_tokens} in a context of {limit}; lower the prompt's limit or sampling.max_new_tokens"
             )
 
 
-def decode_steps(
-    forward: CausalForward,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingSection,
-    stop_ids: frozenset[int],
-    generator: torch.Generator,
-) -> Iterator[tuple[list[int], list[int], list[float], list[float]]]:
-    """Decode step by step: each step yields, for the rows still going, (rows, tokens, logprobs, sampled_logprobs)."""
-    _check_room(forward, prompts, sampling)
-    device = forward.model.device
-    input_ids, mask = (tensor.to(device) for tensor in left_pad_prompts(prompts, pad_id=0))
-    positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-    cache = DynamicCache(config=forward.model.config)
-    rows = torch.arange(len(prompts), device=device)
-    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for step in range(sampling.max_new_tokens):
-        logits = forward.next_logits(input_ids, mask, positions, cache)
-        if not bool(torch.isfinite(logits.sum())):
-            raise TrainingError(
-                f"the model's logits are not finite at token {step + 1} of an answer: its weights are damaged"
-            )
-        tokens, logprobs, sampled = draw_tokens(logits, sampling, step, stops, generator)
-        live = going.nonzero().squeeze(1)
-        yield rows[live].tolist(), tokens[live].tolist(), logprobs[live].tolist(), sampled[live].tolist()
-        going = going & ~torch.isin(tokens, stops)
-        if not bool(going.any()):
-            return
-        input_ids, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        if int(going.sum()) * 2 <= len(going):
-            keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, going, input_ids, positions, mask = (t[keep] for t in (rows, going, input_ids, positions, mask))
+def num_slots(
+    decoder: TokenDecoder, longest_prompt: int, max_new_tokens: int, num_answers: int, limits: GenerationLimits
+) -> int:
+    """Sequences that the cache has room for: what the memory holds of the longest there can be, at most one each.
+
+    Raises:
+        ConfigError: if the memory does not hold one.
+    """
+    one = decoder.bytes_per_row(longest_prompt + max_new_tokens)
+    free = limits.free_bytes or free_bytes(decoder.device)
+    share = int(free * KV_SHARE_OF_FREE)
+    room = min(limits.kv_bytes, share) if limits.kv_bytes else share
+    if one > room:
+        remedy = "raise it" if room < share else "free memory on the device"
+        raise ConfigError(
+            f"generation.kv_memory_gib = {limits.kv_bytes / GIB:.3g}: a prompt of {longest_prompt} tokens and an "
+            f"answer of {max_new_tokens} need {one / GIB:.3g} GiB for keys and values, and {room / GIB:.3g} GiB may be "
+            f"used ({free / GIB:.3g} GiB are free); {remedy}, or lower data.max_prompt_length or "
+            "sampling.max_new_tokens"
+        )
+    return min(num_answers, limits.max_rows or num_answers, room // max(one, 1))
 
 
 @torch.no_grad()
-def generate(
-    forward: CausalForward,
+def finished_answers(
+    decoder: TokenDecoder,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingSection,
     stop_ids: frozenset[int],
     generator: torch.Generator,
     policy_version: int = 0,
-    batch_size: int = 0,
+    answers_per_prompt: int = 1,
+    limits: GenerationLimits = GenerationLimits(),
+) -> Iterator[tuple[int, Rollout]]:
+    """`generate`, each answer handed out as soon as it is finished, with its number: that of its prompt times
+    answers_per_prompt, plus its own."""
+    _check_room(decoder.context_length, prompts, sampling.max_new_tokens)
+    if not prompts:
+        return
+    longest = max(len(prompt) for prompt in prompts)
+    num_answers = len(prompts) * answers_per_prompt
+    slots = num_slots(decoder, longest, sampling.max_new_tokens, num_answers, limits)
+    batch = ContinuousBatch(
+        decoder,
+        decoder.new_cache(slots, longest + sampling.max_new_tokens),
+        slots,
+        prompts,
+        sampling,
+        stop_ids,
+        draw_uniforms(num_answers, sampling.max_new_tokens, generator),
+        answers_per_prompt,
+        limits.prefill_tokens or PREFILL_TOKENS.get(decoder.device.type, PREFILL_TOKENS_OF_GPU),
+    )
+    for finished in batch.run():
+        yield finished.answer, _rollout(prompts[finished.answer // answers_per_prompt], finished, policy_version)
+
+
+def generate(
+    decoder: TokenDecoder | CausalForward,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingSection,
+    stop_ids: frozenset[int],
+    generator: torch.Generator,
+    policy_version: int = 0,
+    answers_per_prompt: int = 1,
+    limits: GenerationLimits = GenerationLimits(),
 ) -> list[Rollout]:
-    """Sample one answer to each prompt (repeat a prompt for several).
+    """Sample answers to prompts.
 
     Args:
         prompts: token ids, ragged.
         stop_ids: an answer ends with the first of these, which is part of it.
-        generator: source of randomness, on the model's device.
+        generator: source of randomness. All of it is drawn at once, so `limits` changes no answer, and n prompts with
+            m answers each are answered as n * m prompts that repeat would be.
         policy_version: recorded in the rollouts.
-        batch_size: rows decoded together; 0 means all.
+        answers_per_prompt: they share the prompt's prefill.
+
+    Returns:
+        all answers to the first prompt, then to the second, ...
 
     Raises:
         DataError: if a prompt and the longest answer do not fit the model's context.
-        TrainingError: if the logits are not finite.
+        ConfigError: if the memory for keys and values does not hold one sequence.
+        NonFiniteLogits: if the logits are not finite.
     """
-    _check_room(forward, prompts, sampling)
-    rollouts: list[Rollout] = []
-    size = batch_size or max(len(prompts), 1)
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        collected: list[list[tuple[int, float, float]]] = [[] for _ in batch]
-        for step in decode_steps(forward, batch, sampling, stop_ids, generator):
-            for row, token, logprob, sampled in zip(*step, strict=True):
-                collected[row].append((token, logprob, sampled))
-        rollouts.extend(
-            _rollout(p, answer, stop_ids, policy_version) for p, answer in zip(batch, collected, strict=True)
-        )
-    return rollouts
+    if isinstance(decoder, CausalForward):
+        decoder = FallbackDecoder(decoder)
+    answers = dict(
+        finished_answers(decoder, prompts, sampling, stop_ids, generator, policy_version, answers_per_prompt, limits)
+    )
+    return [answers[number] for number in range(len(prompts) * answers_per_prompt)]
 
 
-def _rollout(
-    prompt: Sequence[int], answer: list[tuple[int, float, float]], stop_ids: frozenset[int], policy_version: int
-) -> Rollout:
-    tokens, logprobs, sampled = zip(*answer, strict=True)
+def _rollout(prompt: Sequence[int], finished: Finished, policy_version: int) -> Rollout:
     return Rollout(
-        prompt_ids=torch.tensor(list(prompt), dtype=torch.int64),
-        response_ids=torch.tensor(tokens, dtype=torch.int64),
-        logprobs=_floats(logprobs),
-        sampled_logprobs=_floats(sampled),
-        finish_reason="stop" if tokens[-1] in stop_ids else "length",
+        prompt_ids=torch.tensor(prompt, dtype=torch.int64),
+        response_ids=finished.tokens,
+        logprobs=finished.logprobs,
+        sampled_logprobs=finished.sampled_logprobs,
+        finish_reason="stop" if finished.stopped else "length",
         policy_version=policy_version,
     )
 
 
-def _floats(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
 @torch.no_grad()
 def stream_tokens(
-    forward: CausalForward,
+    decoder: TokenDecoder | CausalForward,
     prompt: Sequence[int],
     sampling: SamplingSection,
     stop_ids: frozenset[int],
     generator: torch.Generator,
 ) -> Iterator[int]:
     """Decode one answer token by token; the stop token ends the stream and is not yielded."""
-    for _, tokens, _, _ in decode_steps(forward, [prompt], sampling, stop_ids, generator):
-        if tokens[0] in stop_ids:
+    if isinstance(decoder, CausalForward):
+        decoder = FallbackDecoder(decoder)
+    _check_room(decoder.context_length, [prompt], sampling.max_new_tokens)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=decoder.device)
+    uniforms = draw_uniforms(1, sampling.max_new_tokens, generator).to(decoder.device)
+    cache = decoder.new_cache(1, len(prompt) + sampling.max_new_tokens)
+    ids = torch.tensor([list(prompt)], dtype=torch.int64, device=decoder.device)
+    logits = decoder.prefill(ids, [len(prompt)], cache, 0)
+    cache.num_rows = 1
+    for step in range(sampling.max_new_tokens):
+        banned: Tensor | None = None
+        if step < sampling.min_new_tokens:
+            banned = torch.ones(1, dtype=torch.bool, device=decoder.device)
+        tokens, logprobs, sampled = draw_tokens(logits, sampling, uniforms[:, step], stops, banned)
+        if not bool((logprobs + sampled).isfinite()):
+            raise NonFiniteLogits(step + 1, [0])
+        token = int(tokens)
+        if token in stop_ids:
             return
-        yield tokens[0]
+        yield token
+        if step + 1 < sampling.max_new_tokens:
+            logits = decoder.step(tokens, cache)

@@ -1,6 +1,7 @@
 """Forward passes by role: log-probabilities of a causal model, scores and values of a scalar model.
 
-All sequences are right-padded and masks are explicit, so positions count from 0 in every family. The language-model
+All sequences are right-padded and attention is causal: no real token sees the padding behind it, so the passes carry no
+attention mask (and no [B, T, T] tensor is made of one), and positions count from 0 in every family. The language-model
 head is applied only where a token is a target (or at the last position, when decoding).
 """
 
@@ -59,9 +60,17 @@ class CausalForward:
         same_input = head_input.shape == hidden.shape and torch.allclose(head_input, hidden, rtol=1e-4, atol=1e-6)
         return bool(same_input and torch.equal(logits, head_output.to(logits.dtype)))
 
-    def _states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, cache: Any) -> Tensor:
+    def _states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
         """Hidden states [B, T, D], or, where the head cannot be applied alone, logits [B, T, V]."""
-        arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+        arguments: dict[str, Any] = {"input_ids": input_ids}
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask.long()
         if cache is not None:
             arguments |= {"past_key_values": cache, "use_cache": True}
         else:
@@ -81,25 +90,27 @@ class CausalForward:
         return logits
 
     def target_logprobs(
-        self, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor, temperature: float = 1.0
+        self, input_ids: Tensor, target_mask: Tensor, temperature: float = 1.0, train_entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of every target token and entropy of its distribution.
 
         Args:
             input_ids: [B, T], right-padded.
-            attention_mask: [B, T] bool.
             target_mask: [B, T] bool; True where the token itself is a target. Position 0 has no predecessor and
                 cannot be one.
             temperature: of the softmax.
+            train_entropy: whether the entropies carry a gradient.
 
         Returns:
             two [M] float32 tensors, nats, row by row in the order of target_mask.nonzero().
         """
         if bool(target_mask[:, 0].any()):
             raise ValueError("the first token of a sequence is predicted from nothing and cannot be a target")
-        states = self._states(input_ids, attention_mask, None, None)
+        states = self._states(input_ids)
         wanted = target_mask[:, 1:]
-        return chunked_logprobs(states[:, :-1][wanted], input_ids[:, 1:][wanted], self._head, temperature)
+        return chunked_logprobs(
+            states[:, :-1][wanted], input_ids[:, 1:][wanted], self._head, temperature, train_entropy=train_entropy
+        )
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """Logits [B, V] (float32) of the token that follows the last column; `cache` holds what came before and is
@@ -114,31 +125,32 @@ class CausalForward:
         return self._head(states[:, -1]).float()
 
 
-def scalars_per_token(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def scalars_per_token(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The score head at every position of a scalar model: [B, T] float32, the model's own units."""
-    hidden = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False
-    ).last_hidden_state
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     scores: Tensor = model.score(hidden).squeeze(-1).float()
     return scores
 
 
-def answer_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, lengths: Tensor) -> Tensor:
+def answer_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
     """Score of each sequence at its last real token: [B] float32, the model's own units.
 
     Args:
-        lengths: [B], real tokens of each right-padded row; the last one is at lengths - 1.
+        input_ids: [B, T], right-padded.
+        lengths: [B], real tokens of each row; the last one is at lengths - 1.
     """
-    scores = scalars_per_token(model, input_ids, attention_mask)
-    return scores.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+    scores: Tensor = model.score(last).squeeze(-1).float()
+    return scores
 
 
-def target_values(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> Tensor:
+def target_values(model: PreTrainedModel, input_ids: Tensor, target_mask: Tensor) -> Tensor:
     """The critic's value *before* each target token: [M] float32, in the order of target_mask.nonzero().
 
     The head's output is shifted and scaled by the statistics saved with the reward model that the critic came from,
     so values live in the normalised reward units of PPO from the first step.
     """
     mean, scale = score_statistics(model)
-    values = (scalars_per_token(model, input_ids, attention_mask) - mean) / scale
+    values = (scalars_per_token(model, input_ids) - mean) / scale
     return values[:, :-1][target_mask[:, 1:]]

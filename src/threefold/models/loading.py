@@ -26,6 +26,9 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from threefold.errors import CheckpointError
+from threefold.machine.attention import route_attention
+from threefold.machine.linear import route_linears
+from threefold.models.adapters import has_lora, merged_state_dict, save_adapter
 
 # transformers' own bars would break ours, and say nothing at these sizes.
 disable_progress_bar()
@@ -44,6 +47,8 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )
 
+ADAPTER_DIRECTORY, ADAPTER_CONFIG = "adapter", "adapter_config.json"
+HOLDS_ADAPTERS = "holds adapters (LoRA); merge them into their base model first, and give the merged model"
 SCORE_MEAN = "threefold_score_mean"
 SCORE_SCALE = "threefold_score_scale"
 
@@ -52,6 +57,8 @@ def check_source(source: str) -> str:
     """Return `source` if it is a checkpoint directory or can be a Hub id; raise CheckpointError otherwise."""
     path = Path(source)
     if source and path.is_dir():
+        if (path / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(f"{source}: {HOLDS_ADAPTERS}")
         if not (path / "config.json").is_file():
             raise CheckpointError(
                 f"{source}: no config.json in this directory, so it is not a Hugging Face checkpoint; "
@@ -102,6 +109,13 @@ def load_causal_lm(source: str) -> PreTrainedModel:
     """A causal language model with float32 weights, in eval mode (no dropout)."""
     model, missing = _load_model(AutoModelForCausalLM, source, "causal language model")
     _refuse_random_weights(source, missing)
+    return use_fast_kernels(model)
+
+
+def use_fast_kernels(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in eval mode, its matrix products and attention by this machine's fastest kernels."""
+    route_linears(model)
+    route_attention(model)
     return model.eval()
 
 
@@ -110,6 +124,8 @@ def _load_model(auto_class: Any, source: str, what: str, **arguments: Any) -> tu
     # transformers' own error about shapes points at a report that is switched off, so the shapes are checked here.
     arguments |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _from_pretrained(auto_class, source, what, **arguments)
+    if has_lora(model):  # from the Hub: transformers has loaded the base model and put the adapters on it
+        raise CheckpointError(f"{source}: {HOLDS_ADAPTERS}")
     for name, saved, expected in sorted(info["mismatched_keys"]):
         raise CheckpointError(
             f"{source}: weight {name} has shape {tuple(saved)}, and its config.json asks for {tuple(expected)}; "
@@ -141,7 +157,7 @@ def load_scalar_model(source: str, new_head_seed: int | None = None) -> PreTrain
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
         set_score_statistics(model, 0.0, 1.0)
-    return model.eval()
+    return use_fast_kernels(model)
 
 
 def _refuse_random_weights(source: str, missing: set[str]) -> None:
@@ -238,6 +254,9 @@ def save_model(
 ) -> None:
     """Write a complete Hugging Face checkpoint: safetensors, config, tokenizer, chat template, generation config.
 
+    Of a model with adapters that is the merged model, as plain as any other; in "adapter" below it are the adapters
+    alone, in peft's format.
+
     Args:
         stop_ids: written to generation_config.eos_token_id of a causal model, so that any software stops where we do.
         pad_id: written to the config; sequence classification needs it to find the last real token.
@@ -249,5 +268,9 @@ def save_model(
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(stop_ids) or None, pad_token_id=pad_id
         )
-    model.save_pretrained(directory)
+    if has_lora(model):
+        model.save_pretrained(directory, state_dict=merged_state_dict(model))
+        save_adapter(model, directory / ADAPTER_DIRECTORY)
+    else:
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -6,6 +6,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from threefold.config.recipe import EmbeddedModelSection
+from threefold.models.loading import use_fast_kernels
 
 
 def make_embedded_model(
@@ -31,4 +32,4 @@ def make_embedded_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = OPTForCausalLM(config)
-    return model.eval()
+    return use_fast_kernels(model)

@@ -13,11 +13,10 @@ from threefold.config.recipe import SamplingSection
 from threefold.data.chat import ChatFormat, build_chat_format, ensure_pad_token, truncate_history
 from threefold.engine.device import pick_device
 from threefold.errors import CheckpointError, DataError
-from threefold.inference.generate import stream_tokens
-from threefold.models.forward import CausalForward
+from threefold.inference.generate import decoder_for, stream_tokens
+from threefold.inference.scheduler import TokenDecoder
 from threefold.models.loading import (
     check_source,
-    context_length,
     generation_stop_ids,
     load_causal_lm,
     load_config,
@@ -68,7 +67,7 @@ class ChatSession:
     """
 
     source: str
-    forward: CausalForward
+    decoder: TokenDecoder
     chat: ChatFormat
     options: ChatOptions
     generator: torch.Generator
@@ -92,9 +91,10 @@ class ChatSession:
         chat = build_chat_format(tokenizer, template, stop_ids, source)
         device = pick_device(options.device)
         model = load_causal_lm(source).to(device)
+        decoder = decoder_for(model, notes.append)
         session = cls(
             source,
-            CausalForward(model),
+            decoder,
             chat,
             options,
             torch.Generator(device).manual_seed(options.seed),
@@ -118,7 +118,7 @@ class ChatSession:
             DataError: `text` alone is too long for the context; the history is then as before.
         """
         messages = [*self.history, Message("user", text)]
-        limit = context_length(self.forward.model)
+        limit = self.decoder.context_length
         room = self.options.max_new_tokens
         if limit is not None:
             room = min(room, limit // 2)
@@ -134,7 +134,7 @@ class ChatSession:
         )
         ids: list[int] = []
         sent = ""
-        for token_id in stream_tokens(self.forward, prompt, sampling, self.chat.stop_ids, self.generator):
+        for token_id in stream_tokens(self.decoder, prompt, sampling, self.chat.stop_ids, self.generator):
             ids.append(token_id)
             decoded = self.chat.decode(ids)
             if decoded.startswith(sent) and not decoded.endswith(BROKEN_CHARACTER):
@@ -148,7 +148,7 @@ class ChatSession:
         """Why `text` cannot be answered, or None."""
         if not text.strip():
             return "say something, or `quit`"
-        limit = context_length(self.forward.model)
+        limit = self.decoder.context_length
         if limit is None:
             return None
         try:

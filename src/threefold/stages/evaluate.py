@@ -21,15 +21,14 @@ from threefold.data.demo import clean_comparison, gold_score
 from threefold.data.prepare import PreparedPrompt, ppo_prompts, reward_pairs
 from threefold.data.split import Share, Step
 from threefold.engine.device import precision
-from threefold.engine.train import micro_batches
-from threefold.inference.generate import generate
+from threefold.engine.hybrid import HybridEngine
+from threefold.engine.train import MicroBatching, micro_batching
 from threefold.models.forward import CausalForward, answer_scores
 from threefold.models.loading import load_causal_lm, load_scalar_model
 from threefold.stages.context import StageContext
-from threefold.stages.rollout import RewardScorer, Scorers, per_rollout, response_logprobs
+from threefold.stages.reward import pair_length
+from threefold.stages.rollout import Reference, RewardScorer, Scorers, per_rollout
 from threefold.types import Example, Rollout
-
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,18 @@ def _scorer(context: StageContext, chat: ChatFormat) -> RewardScorer:
     reward_chat, _ = context.chat_format(source)
     model = load_scalar_model(source).to(context.device)
     return RewardScorer(
-        model, reward_chat, chat, context.recipe.model.retokenise_for_reward, context.device, context.dtype
+        model,
+        reward_chat,
+        chat,
+        context.recipe.model.retokenise_for_reward,
+        context.device,
+        context.dtype,
+        _passes(context),
     )
+
+
+def _passes(context: StageContext) -> MicroBatching:
+    return micro_batching(0, context.recipe.ppo.micro_batch_tokens, context.device)
 
 
 def _answer(
@@ -96,10 +105,15 @@ def _answer(
 ) -> Answers:
     """Sample as step 3 does, every model from the same random numbers."""
     generator = torch.Generator(context.device).manual_seed(context.recipe.run.seed + 2)
-    with precision(context.device, context.dtype):
-        rollouts = generate(
-            forward, [p.ids for p in prompts], context.recipe.ppo.sampling, chat.stop_ids, generator, batch_size=BATCH
-        )
+    per_prompt = context.recipe.evaluate.answers_per_prompt
+    engine = HybridEngine(forward, context.recipe.generation, context.device, context.dtype, context.log.note)
+    rollouts = engine.generate(
+        [prompt.ids for prompt in prompts[::per_prompt]],
+        context.recipe.ppo.sampling,
+        chat.stop_ids,
+        generator,
+        answers_per_prompt=per_prompt,
+    )
     texts = [chat.decode_exactly(rollout.response_ids.tolist()) for rollout in rollouts]
     scores = scorer([p.prompt.messages for p in prompts], rollouts).tolist()
     gold = []
@@ -115,9 +129,10 @@ def _kl(
     context: StageContext, chat: ChatFormat, reference: CausalForward, scorer: RewardScorer, rollouts: Sequence[Rollout]
 ) -> list[float]:
     """KL(model || step 1) of each answer, nats, from its own samples."""
-    scorers = Scorers(reference, scorer.model, scorer, chat.pad_id, context.device, context.dtype)
+    judge = Reference(reference)
+    scorers = Scorers(judge, scorer.model, scorer, chat.pad_id, context.device, context.dtype, _passes(context))
     temperature = context.recipe.ppo.sampling.temperature
-    ref = per_rollout(rollouts, scorers, lambda batch: response_logprobs(reference, batch, temperature)[0])
+    ref = per_rollout(rollouts, scorers, lambda batch: judge.logprobs(batch, temperature))
     return [float((rollout.logprobs - other).sum()) for rollout, other in zip(rollouts, ref, strict=True)]
 
 
@@ -175,11 +190,11 @@ def _clean_accuracy(context: StageContext, shares: dict[Step, Share], scorer: Re
     chat, _ = context.chat_format(str(context.inputs["reward"]))
     pairs = reward_pairs(clean, chat, context.recipe.data.max_length, "drop")
     scores: list[list[float]] = [[], []]
-    for part in micro_batches(pairs, BATCH):
+    for part in _passes(context).of(pairs, pair_length):
         for side in (0, 1):
             batch = collate_sequences([pair[side] for pair in part], chat.pad_id).to(context.device)
             with precision(context.device, context.dtype):
-                found: Tensor = answer_scores(scorer.model, batch.input_ids, batch.attention_mask, batch.lengths)
+                found: Tensor = answer_scores(scorer.model, batch.input_ids, batch.lengths)
             scores[side].extend(found.tolist())
     wins = pairwise_wins(*scores)
     return wilson_interval(sum(wins), len(wins))

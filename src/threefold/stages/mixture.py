@@ -15,11 +15,11 @@ from threefold.data.chat import ChatFormat
 from threefold.data.collate import collate_sequences, epoch_order, num_targets
 from threefold.data.text import chunk_documents, document_sequences, read_documents, split_documents
 from threefold.engine.device import precision
-from threefold.engine.train import micro_batches
+from threefold.engine.train import MicroBatching
 from threefold.models.forward import CausalForward
 from threefold.types import TokenSequence
 
-EVAL_BATCH = 16
+EVAL_TOKENS = 4096
 
 
 class PretrainingText:
@@ -45,21 +45,21 @@ class PretrainingText:
         return [self._chunks[orders[index // count][index % count]] for index in picked]
 
     def losses(
-        self, forward: CausalForward, micro_batch_size: int, device: torch.device
+        self, forward: CausalForward, passes: MicroBatching, device: torch.device
     ) -> tuple[Callable[[], Tensor], ...]:
         """Closures over the next batch's micro-batches; together they are coef * mean LM loss per token."""
         batch = self._next_batch()
         count = num_targets(batch)
         return tuple(
             lambda part=part: self._settings.coef / count * _loss_sum(forward, part, self._pad_id, device)
-            for part in micro_batches(batch, micro_batch_size)
+            for part in passes.of(batch, len)
         )
 
     @torch.no_grad()
     def perplexity(self, forward: CausalForward, device: torch.device, dtype: torch.dtype) -> float:
         """exp(mean negative log-likelihood per token) of the held-out documents."""
         total = 0.0
-        for part in micro_batches(self._held_out, EVAL_BATCH):
+        for part in MicroBatching(max_tokens=EVAL_TOKENS).of(self._held_out, len):
             with precision(device, dtype):
                 total += float(_loss_sum(forward, part, self._pad_id, device))
         return math.exp(total / num_targets(self._held_out))
@@ -67,5 +67,5 @@ class PretrainingText:
 
 def _loss_sum(forward: CausalForward, sequences: Sequence[TokenSequence], pad_id: int, device: torch.device) -> Tensor:
     batch = collate_sequences(sequences, pad_id).to(device)
-    logprobs, _ = forward.target_logprobs(batch.input_ids, batch.attention_mask, batch.target_mask)
+    logprobs, _ = forward.target_logprobs(batch.input_ids, batch.target_mask)
     return lm_loss_sum(logprobs, torch.ones_like(logprobs, dtype=torch.bool))

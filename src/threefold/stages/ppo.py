@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from threefold.config.recipe import PPOSection
 from threefold.data.chat import ChatFormat
 from threefold.data.collate import epoch_order
 from threefold.data.prepare import PreparedPrompt, ppo_prompts
-from threefold.engine.device import precision
-from threefold.engine.train import TrainEngine
+from threefold.engine.hybrid import HybridEngine
+from threefold.engine.phases import PhaseMeter
+from threefold.engine.train import MicroBatching, TrainEngine, micro_batching
 from threefold.errors import ConfigError
-from threefold.inference.generate import generate
+from threefold.inference.scheduler import NonFiniteLogits
+from threefold.models.adapters import add_lora
 from threefold.models.forward import CausalForward
 from threefold.models.loading import (
     context_length,
@@ -32,13 +34,13 @@ from threefold.models.loading import (
     set_score_statistics,
 )
 from threefold.stages.context import StageContext
+from threefold.stages.diagnosis import diagnosed
 from threefold.stages.mixture import PretrainingText
-from threefold.stages.ppo_update import Learners, update
-from threefold.stages.rollout import RewardScorer, ScoredBatch, Scorers, make_experience
+from threefold.stages.ppo_update import CriticPass, Learners, critic_pass_of, update
+from threefold.stages.rollout import Reference, RewardScorer, ScoredBatch, Scorers, make_experience
 from threefold.types import Rollout
 
 AUTO_PARITY_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-EVAL_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Setup:
 
     chat: ChatFormat
     learners: Learners
+    hybrid: HybridEngine
     scorers: Scorers
     prompts: list[PreparedPrompt]
     eval_prompts: list[PreparedPrompt]
@@ -66,15 +69,16 @@ def run(context: StageContext) -> dict[str, float]:
     after = before
     with context.log.progress("ppo   ", setup.num_iterations) as bar:
         for iteration in range(setup.num_iterations):
-            started = time.perf_counter()
+            meter = PhaseMeter(context.device)
             prompts = next(batches)
-            rollouts = sample(context, setup, prompts)
-            sampled = time.perf_counter()
-            batch = make_experience(prompts, rollouts, setup.scorers, settings, kl_coef)
-            scored = time.perf_counter()
-            losses = _update(context, setup, batch, iteration)
-            ended = time.perf_counter()
-            metrics = _metrics(batch, rollouts, kl_coef) | losses | _timing(started, sampled, scored, ended, rollouts)
+            with meter.phase("generate"):
+                rollouts = _sample_or_explain(context, setup, prompts, iteration)
+            with meter.phase("score"):
+                critic_pass = critic_pass_of(setup.learners, settings)
+                batch = make_experience(prompts, rollouts, setup.scorers, settings, kl_coef, critic_pass)
+            with meter.phase("update"):
+                losses = _update(context, setup, batch, iteration, critic_pass)
+            metrics = _metrics(batch, rollouts, kl_coef) | losses | _speed(meter, rollouts)
             context.log.log(iteration + 1, metrics)
             bar.advance(score=metrics["objective/scores"], kl=metrics["objective/kl"])
             if settings.kl_controller == "adaptive" and iteration >= settings.critic_warmup_iterations:
@@ -106,18 +110,34 @@ def prompt_batches(prompts: list[PreparedPrompt], settings: PPOSection, seed: in
 
 
 def sample(
-    context: StageContext, setup: Setup, prompts: list[PreparedPrompt], sampler: torch.Generator | None = None
+    context: StageContext,
+    setup: Setup,
+    prompts: list[PreparedPrompt],
+    answers_per_prompt: int = 1,
+    sampler: torch.Generator | None = None,
 ) -> list[Rollout]:
-    """One answer to each prompt, from the weights as they are now."""
-    with precision(context.device, context.dtype):
-        return generate(
-            setup.learners.actor_forward,
-            [prompt.ids for prompt in prompts],
-            context.recipe.ppo.sampling,
-            setup.chat.stop_ids,
-            sampler or setup.sampler,
-            policy_version=setup.learners.actor.num_steps,
-        )
+    """One answer to each prompt, from the weights as they are now; `prompts` has each one answers_per_prompt times."""
+    return setup.hybrid.generate(
+        [prompt.ids for prompt in prompts[::answers_per_prompt]],
+        context.recipe.ppo.sampling,
+        setup.chat.stop_ids,
+        sampler or setup.sampler,
+        policy_version=setup.learners.actor.num_steps,
+        answers_per_prompt=answers_per_prompt,
+    )
+
+
+def _sample_or_explain(
+    context: StageContext, setup: Setup, prompts: list[PreparedPrompt], iteration: int
+) -> list[Rollout]:
+    try:
+        return sample(context, setup, prompts, context.recipe.ppo.answers_per_prompt)
+    except NonFiniteLogits as error:
+        actor = setup.learners.actor_forward.model
+        saved = context.output.parent / "failed" / f"ppo-iteration-{iteration + 1}"
+        save_model(actor, setup.chat.tokenizer, saved / "actor", setup.chat.stop_ids, setup.chat.pad_id)
+        save_model(setup.learners.critic_model, setup.chat.tokenizer, saved / "critic", pad_id=setup.chat.pad_id)
+        raise diagnosed(f"step 3, ppo, iteration {iteration + 1}", error, actor, prompts, saved) from error
 
 
 def evaluate(context: StageContext, setup: Setup) -> dict[str, float]:
@@ -125,13 +145,10 @@ def evaluate(context: StageContext, setup: Setup) -> dict[str, float]:
     perplexity."""
     settings = context.recipe.ppo
     sampler = torch.Generator(context.device).manual_seed(context.recipe.run.seed + 1)
-    scores: list[float] = []
-    kl: list[float] = []
-    for start in range(0, len(setup.eval_prompts), EVAL_BATCH):
-        prompts = setup.eval_prompts[start : start + EVAL_BATCH]
-        batch = make_experience(prompts, sample(context, setup, prompts, sampler), setup.scorers, settings, 0.0)
-        scores.extend(experience.score for experience in batch.experiences)
-        kl.extend(batch.kl.tolist())
+    rollouts = sample(context, setup, setup.eval_prompts, sampler=sampler)
+    batch = make_experience(setup.eval_prompts, rollouts, setup.scorers, settings, 0.0)
+    scores = [experience.score for experience in batch.experiences]
+    kl = batch.kl.tolist()
     metrics = {
         "ppo/eval_score": math.fsum(scores) / len(scores),
         "ppo/eval_score_standard_error": standard_error(scores),
@@ -160,29 +177,26 @@ def _set_up(context: StageContext) -> Setup:
     sft, reward = str(context.inputs["sft"]), str(context.inputs["reward"])
     chat, _ = context.chat_format(sft)
     reward_chat, _ = context.chat_format(reward)
+    passes = micro_batching(settings.micro_batch_size, settings.micro_batch_tokens, context.device)
+    where = (context.device, context.dtype)
     actor = load_causal_lm(sft).to(context.device)
     reward_model = load_scalar_model(reward).to(context.device).requires_grad_(False)
-    scorer = RewardScorer(
-        reward_model, reward_chat, chat, recipe.model.retokenise_for_reward, context.device, context.dtype
-    )
-    critic = _load_critic(context, scorer)
-    critic.to(context.device)
-    reference = CausalForward(load_causal_lm(sft).to(context.device).requires_grad_(False))
+    scorer = RewardScorer(reward_model, reward_chat, chat, recipe.model.retokenise_for_reward, *where, passes)
+    critic = _load_critic(context, scorer).to(context.device)
     for model in (actor, critic):
         set_dropout(model, 0.0)  # the ratio compares two passes of one policy: nothing random may differ between them
+    add_lora(actor, settings.actor_lora, recipe.run.seed, "ppo.actor_lora")
+    add_lora(critic, settings.critic_lora, recipe.run.seed + 1, "ppo.critic_lora")
+    actor_forward = CausalForward(actor)
+    if settings.actor_lora.rank:
+        reference = Reference(actor_forward, is_actor=True)
+    else:
+        reference = Reference(CausalForward(load_causal_lm(sft).to(context.device).requires_grad_(False)))
     longest = recipe.data.max_prompt_length + settings.sampling.max_new_tokens
     for which, model in (("model", actor), ("critic", critic)):
         context.check_length("data.max_prompt_length + ppo.sampling.max_new_tokens", longest, model, which)
-    share = context.shares()["ppo"]
-    limits = (recipe.data.max_prompt_length, recipe.data.long_rows, context.log.note)
-    prompts = ppo_prompts(share.train, chat, *limits)
-    eval_prompts = ppo_prompts(share.eval, chat, *limits)[: settings.num_eval_prompts]
-    num_iterations = settings.iterations or max(settings.epochs * len(prompts) // settings.prompts_per_iteration, 1)
-    if num_iterations <= settings.critic_warmup_iterations:
-        raise ConfigError(
-            f"ppo.critic_warmup_iterations = {settings.critic_warmup_iterations} leaves the actor none of the "
-            f"{num_iterations} iterations; lower it, or raise ppo.iterations"
-        )
+    prompts, eval_prompts = _prompts(context, chat)
+    num_iterations = _num_iterations(settings, len(prompts))
     context.log.note(
         f"step 3, ppo: {len(prompts)} prompts to answer in {num_iterations} iterations, {len(eval_prompts)} held out"
     )
@@ -191,39 +205,78 @@ def _set_up(context: StageContext) -> Setup:
         limit = context_length(actor) or settings.mixture.chunk_length
         context.check_length("ppo.mixture.chunk_length", settings.mixture.chunk_length, actor)
         text = PretrainingText(settings.mixture, chat, limit, recipe.run.seed)
+    learners = _learners(context, actor_forward, critic, chat.pad_id, passes, num_iterations)
+    offloaded = (learners.actor, learners.critic) if settings.offload_optimizer else ()
+    hybrid = HybridEngine(actor_forward, recipe.generation, *where, context.log.note, offloaded)
+    scorers = Scorers(reference, critic, scorer, chat.pad_id, *where, passes)
+    sampler = torch.Generator(context.device).manual_seed(recipe.run.seed)
+    return Setup(chat, learners, hybrid, scorers, prompts, eval_prompts, text, num_iterations, sampler)
+
+
+def _prompts(context: StageContext, chat: ChatFormat) -> tuple[list[PreparedPrompt], list[PreparedPrompt]]:
+    """Prompts to train on, and held-out ones."""
+    data = context.recipe.data
+    share = context.shares()["ppo"]
+    limits = (data.max_prompt_length, data.long_rows, context.log.note)
+    train, held_out = ppo_prompts(share.train, chat, *limits), ppo_prompts(share.eval, chat, *limits)
+    return train, held_out[: context.recipe.ppo.num_eval_prompts]
+
+
+def _num_iterations(settings: PPOSection, num_prompts: int) -> int:
+    num_iterations = settings.iterations or max(settings.epochs * num_prompts // settings.prompts_per_iteration, 1)
+    if num_iterations <= settings.critic_warmup_iterations:
+        raise ConfigError(
+            f"ppo.critic_warmup_iterations = {settings.critic_warmup_iterations} leaves the actor none of the "
+            f"{num_iterations} iterations; lower it, or raise ppo.iterations"
+        )
+    return num_iterations
+
+
+def _learners(
+    context: StageContext,
+    actor_forward: CausalForward,
+    critic: PreTrainedModel,
+    pad_id: int,
+    passes: MicroBatching,
+    num_iterations: int,
+) -> Learners:
+    settings = context.recipe.ppo
     steps_per_iteration = settings.ppo_epochs * settings.minibatches
     actor_steps = (num_iterations - settings.critic_warmup_iterations) * steps_per_iteration
     context.log.note_long_warmup("ppo.warmup_steps", settings.warmup_steps, actor_steps)
-    where = (context.device, context.dtype)
-    learners = Learners(
-        actor=TrainEngine(
-            actor,
-            settings.optimizer("actor"),
-            actor_steps,
-            *where,
-            "step 3, ppo, actor",
-            settings.ema.decay if settings.ema.enabled else None,
-        ),
-        actor_forward=CausalForward(actor),
-        critic=TrainEngine(
-            critic, settings.optimizer("critic"), num_iterations * steps_per_iteration, *where, "step 3, ppo, critic"
-        ),
+
+    def engine(model: PreTrainedModel, which: Literal["actor", "critic"], steps: int) -> TrainEngine:
+        return TrainEngine(
+            model,
+            settings.optimizer(which),
+            steps,
+            context.device,
+            context.dtype,
+            f"step 3, ppo, {which}",
+            settings.ema.decay if which == "actor" and settings.ema.enabled else None,
+            settings.gradient_checkpointing,
+        )
+
+    return Learners(
+        actor=engine(actor_forward.model, "actor", actor_steps),
+        actor_forward=actor_forward,
+        critic=engine(critic, "critic", num_iterations * steps_per_iteration),
         critic_model=critic,
-        pad_id=chat.pad_id,
+        pad_id=pad_id,
         device=context.device,
+        passes=passes,
     )
-    scorers = Scorers(reference, critic, scorer, chat.pad_id, *where)
-    sampler = torch.Generator(context.device).manual_seed(recipe.run.seed)
-    return Setup(chat, learners, scorers, prompts, eval_prompts, text, num_iterations, sampler)
 
 
-def _update(context: StageContext, setup: Setup, batch: ScoredBatch, iteration: int) -> dict[str, float]:
+def _update(
+    context: StageContext, setup: Setup, batch: ScoredBatch, iteration: int, critic_pass: CriticPass | None = None
+) -> dict[str, float]:
     settings, text = context.recipe.ppo, setup.text
     mixture = None
     if text is not None and settings.mixture.coef > 0:
 
         def mixture() -> tuple[Callable[[], Tensor], ...]:
-            return text.losses(setup.learners.actor_forward, settings.micro_batch_size, context.device)
+            return text.losses(setup.learners.actor_forward, setup.learners.passes, context.device)
 
     return update(
         batch.experiences,
@@ -234,6 +287,7 @@ def _update(context: StageContext, setup: Setup, batch: ScoredBatch, iteration: 
         train_actor=iteration >= settings.critic_warmup_iterations,
         parity_bound=settings.parity_bound or AUTO_PARITY_BOUND[context.dtype],
         mixture=mixture,
+        critic_pass=critic_pass,
     )
 
 
@@ -256,14 +310,9 @@ def _metrics(batch: ScoredBatch, rollouts: list[Rollout], kl_coef: float) -> dic
     }
 
 
-def _timing(started: float, sampled: float, scored: float, ended: float, rollouts: list[Rollout]) -> dict[str, float]:
-    tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
-    return {
-        "timing_s/generate": sampled - started,
-        "timing_s/score": scored - sampled,
-        "timing_s/update": ended - scored,
-        "perf/tokens_per_s": tokens / (ended - started),
-    }
+def _speed(meter: PhaseMeter, rollouts: list[Rollout]) -> dict[str, float]:
+    tokens = sum(len(rollout) for rollout in rollouts)
+    return {**meter.metrics(), "perf/tokens_per_s": tokens / sum(meter.seconds.values())}
 
 
 def _save(context: StageContext, setup: Setup) -> None:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from threefold.algo.losses import policy_loss, value_loss
+from threefold.algo.advantages import estimate_advantages
+from threefold.algo.losses import ValueLoss, policy_loss, value_loss
 from threefold.algo.masked import masked_mean, masked_var
 from threefold.config.recipe import PPOSection
-from threefold.data.collate import ExperienceBatch, collate_experience, epoch_order
-from threefold.engine.train import TrainEngine, micro_batches
-from threefold.errors import TrainingError
+from threefold.data.collate import ExperienceBatch, collate_experience, collate_rollouts, epoch_order, pad_ragged
+from threefold.engine.train import MicroBatching, TrainEngine
+from threefold.errors import ParityError
 from threefold.models.forward import CausalForward, target_values
-from threefold.types import Experience
+from threefold.types import Experience, Rollout
 
 MixtureLoss = Callable[[], tuple[Callable[[], Tensor], ...]]
 
@@ -35,6 +36,7 @@ class Learners:
     critic_model: PreTrainedModel
     pad_id: int
     device: torch.device
+    passes: MicroBatching
 
 
 class UpdateStatistics:
@@ -73,6 +75,61 @@ class UpdateStatistics:
         }
 
 
+class CriticPass:
+    """The critic's values and its gradient from one forward pass, where an iteration has one optimizer step.
+
+    Then the values that the advantages need and those that the loss differentiates are of the same weights. The returns
+    of a sequence depend on its own values and rewards alone (whitening concerns the advantages), so the loss of each
+    pass is complete as soon as its values are there: one forward pass of the critic in three is saved.
+
+    Attributes:
+        loss, num_tokens: what `update` reports: the loss, summed, and the tokens that it is over.
+    """
+
+    def __init__(self, learners: Learners, settings: PPOSection) -> None:
+        self._learners, self._settings = learners, settings
+        self.loss, self.num_tokens = 0.0, 0
+
+    def __call__(self, rollouts: Sequence[Rollout], rewards: Tensor) -> list[Tensor]:
+        """Values before each response token of every rollout; the gradient is accumulated in the critic's engine."""
+        self.num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        pieces: list[Tensor] = [torch.empty(0)] * len(rollouts)
+        for rows in self._learners.passes.cut([len(rollout) for rollout in rollouts]):
+            part = [rollouts[row] for row in rows]
+            lengths = [len(rollout.response_ids) for rollout in part]
+
+            def loss(part: list[Rollout] = part, rows: list[int] = rows, lengths: list[int] = lengths) -> Tensor:
+                batch = collate_rollouts(part, self._learners.pad_id).to(self._learners.device)
+                values = target_values(self._learners.critic_model, batch.input_ids, batch.target_mask)
+                old = values.detach().cpu()
+                for row, piece in zip(rows, old.split(lengths), strict=True):
+                    pieces[row] = piece
+                returns = self._returns(old, lengths, rewards[rows]).to(values.device)
+                result = self._value_loss(values, returns)
+                self.loss += float(result.loss.detach())
+                return result.loss / self.num_tokens
+
+            self._learners.critic.backward(loss)
+        return pieces
+
+    def _returns(self, values: Tensor, lengths: Sequence[int], rewards: Tensor) -> Tensor:
+        padded, mask = pad_ragged(values.split(list(lengths)))
+        settings = self._settings
+        _, returns = estimate_advantages(
+            rewards[:, : padded.shape[1]], padded, mask, settings.gamma, settings.gae_lambda
+        )
+        return returns[mask]
+
+    def _value_loss(self, values: Tensor, returns: Tensor) -> ValueLoss:
+        real = torch.ones_like(values, dtype=torch.bool)
+        return value_loss(values, values.detach(), returns, real, self._settings.value_clip_range)
+
+
+def critic_pass_of(learners: Learners, settings: PPOSection) -> CriticPass | None:
+    """A new iteration's critic pass, where there is one optimizer step an iteration; None where there are more."""
+    return CriticPass(learners, settings) if settings.ppo_epochs * settings.minibatches == 1 else None
+
+
 def update(
     experiences: Sequence[Experience],
     learners: Learners,
@@ -82,6 +139,7 @@ def update(
     train_actor: bool,
     parity_bound: float,
     mixture: MixtureLoss | None,
+    critic_pass: CriticPass | None = None,
 ) -> dict[str, float]:
     """Run the PPO epochs and minibatches of one iteration.
 
@@ -90,24 +148,26 @@ def update(
         parity_bound: largest allowed difference between rollout and training log-probs before the first step.
         mixture: where mixture training is on, gives the closures of the next pretraining batch, each returning its
             share of coef * mean LM loss; their gradients enter the actor's same optimizer step.
+        critic_pass: what has accumulated the critic's gradient already, where the iteration has one optimizer step.
 
     Raises:
-        TrainingError: if the rollout's log-probs are not those of the training forward.
+        ParityError: if the rollout's log-probs are not those of the training forward.
     """
+    assert critic_pass is None or settings.ppo_epochs * settings.minibatches == 1
     statistics = UpdateStatistics()
+    if critic_pass is not None:
+        statistics.add(0, value_loss=torch.tensor(critic_pass.loss, dtype=torch.float64))
     stopped_early = False
     for epoch in range(settings.ppo_epochs):
         order = epoch_order(len(experiences), seed, iteration * settings.ppo_epochs + epoch)
         for index, rows in enumerate(_split(order, settings.minibatches)):
             first = epoch == 0 and index == 0
             minibatch = [experiences[row] for row in rows]
-            approx_kl = _accumulate(minibatch, learners, settings, train_actor, first, statistics)
-            if first and statistics.max_logprob_difference > parity_bound:
-                raise TrainingError(
-                    f"step 3, ppo, iteration {iteration + 1}: the rollout's log-probs differ from the training "
-                    f"forward's by {statistics.max_logprob_difference:.2g}, beyond ppo.parity_bound {parity_bound:g}: "
-                    "generation does not run the model that trains"
-                )
+            approx_kl = _accumulate(
+                minibatch, learners, settings, train_actor, first, statistics, train_critic=critic_pass is None
+            )
+            if first:
+                _check_parity(statistics.max_logprob_difference, parity_bound, iteration)
             if settings.target_kl and approx_kl > settings.target_kl:
                 stopped_early = True
                 break
@@ -129,6 +189,16 @@ def update(
     }
 
 
+def _check_parity(difference: float, bound: float, iteration: int) -> None:
+    """The parity probe: it costs nothing, for an iteration's first minibatch goes through the training forward anyway,
+    before the first update."""
+    if not difference <= bound:
+        raise ParityError(
+            f"step 3, ppo, iteration {iteration + 1}: the rollout's log-probs differ from the training forward's by "
+            f"{difference:.2g} nats, beyond ppo.parity_bound {bound:g}: generation does not run the model that trains"
+        )
+
+
 def _split(order: Sequence[int], parts: int) -> list[Sequence[int]]:
     """Cut into `parts` pieces whose sizes differ by at most one."""
     bounds = [round(len(order) * part / parts) for part in range(parts + 1)]
@@ -142,18 +212,19 @@ def _accumulate(
     train_actor: bool,
     first: bool,
     statistics: UpdateStatistics,
+    train_critic: bool,
 ) -> float:
     """Accumulate both models' gradients of one minibatch; return its mean KL(rollout policy || present policy) per
     token."""
     num_tokens = sum(len(experience.rollout.response_ids) for experience in minibatch)
     approx_kl = 0.0
-    for part in micro_batches(minibatch, settings.micro_batch_size):
+    for part in learners.passes.of(minibatch, lambda experience: len(experience.rollout)):
         batch = collate_experience(part, learners.pad_id).to(learners.device)
 
         def actor_loss(batch: ExperienceBatch = batch) -> Tensor:
             nonlocal approx_kl
             logprobs, entropy = learners.actor_forward.target_logprobs(
-                batch.input_ids, batch.attention_mask, batch.target_mask, settings.sampling.temperature
+                batch.input_ids, batch.target_mask, settings.sampling.temperature, settings.entropy_coef > 0
             )
             old, real = batch.old_logprobs[batch.response_mask], torch.ones_like(logprobs, dtype=torch.bool)
             result = policy_loss(logprobs, old, batch.advantages[batch.response_mask], real, settings.clip_range)
@@ -171,10 +242,11 @@ def _accumulate(
                 ratio_squared=result.ratio_squared,
                 entropy=entropy.detach().sum(),
             )
-            return (result.loss - settings.entropy_coef * entropy.sum()) / num_tokens
+            bonus = settings.entropy_coef * entropy.sum() if settings.entropy_coef else 0.0
+            return (result.loss - bonus) / num_tokens
 
         def critic_loss(batch: ExperienceBatch = batch) -> Tensor:
-            values = target_values(learners.critic_model, batch.input_ids, batch.attention_mask, batch.target_mask)
+            values = target_values(learners.critic_model, batch.input_ids, batch.target_mask)
             old, returns = batch.values[batch.response_mask], batch.returns[batch.response_mask]
             result = value_loss(
                 values, old, returns, torch.ones_like(values, dtype=torch.bool), settings.value_clip_range
@@ -186,7 +258,8 @@ def _accumulate(
             learners.actor.backward(actor_loss)
         else:
             learners.actor.measure(actor_loss)
-        learners.critic.backward(critic_loss)
+        if train_critic:
+            learners.critic.backward(critic_loss)
     return approx_kl
 
 

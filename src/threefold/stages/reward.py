@@ -12,8 +12,9 @@ from threefold.algo.statistics import pairwise_wins, wilson_interval
 from threefold.data.collate import collate_sequences
 from threefold.data.prepare import reward_pairs
 from threefold.engine.device import precision
-from threefold.engine.train import TrainEngine, micro_batches
+from threefold.engine.train import TrainEngine, micro_batching
 from threefold.errors import TrainingError
+from threefold.models.adapters import add_lora
 from threefold.models.forward import answer_scores
 from threefold.models.loading import grow_embeddings, load_scalar_model, save_model, set_dropout, set_score_statistics
 from threefold.stages.context import StageContext
@@ -34,15 +35,19 @@ def run(context: StageContext) -> dict[str, float]:
         grow_embeddings(model, chat.tokenizer)
     model.config.pad_token_id = chat.pad_id
     context.check_length("data.max_length", recipe.data.max_length, model)
+    set_dropout(model, settings.dropout)
+    add_lora(model, settings.lora, recipe.run.seed, "reward.lora")
     share = context.shares()["reward"]
     limits = (recipe.data.max_length, recipe.data.long_rows, context.log.note)
     train = reward_pairs(share.train, chat, *limits)
     held_out = reward_pairs(share.eval, chat, *limits)[: settings.max_eval_examples]
     context.log.note(f"step 2, reward: {len(train)} pairs to train on, {len(held_out)} held out")
 
+    passes = micro_batching(settings.micro_batch_size, settings.micro_batch_tokens, context.device)
+
     def scores(sequences: Sequence[TokenSequence]) -> Tensor:
         batch = collate_sequences(sequences, chat.pad_id).to(context.device)
-        return answer_scores(model, batch.input_ids, batch.attention_mask, batch.lengths)
+        return answer_scores(model, batch.input_ids, batch.lengths)
 
     def loss_sum(pairs: Sequence[Pair]) -> Tensor:
         both = scores([better for better, _ in pairs] + [worse for _, worse in pairs])
@@ -52,7 +57,7 @@ def run(context: StageContext) -> dict[str, float]:
     def evaluate() -> dict[str, float]:
         model.eval()
         better, worse = [], []
-        for micro in micro_batches(held_out, settings.micro_batch_size or settings.batch_size):
+        for micro in passes.of(held_out, pair_length):
             with precision(context.device, context.dtype):
                 better.append(scores([pair[0] for pair in micro]))
                 worse.append(scores([pair[1] for pair in micro]))
@@ -66,7 +71,6 @@ def run(context: StageContext) -> dict[str, float]:
         set_score_statistics(model, metrics["reward/score_mean"], metrics["reward/score_scale"])
         return metrics
 
-    set_dropout(model, settings.dropout)
     total_steps = num_optimizer_steps(len(train), settings)
     engine = TrainEngine(model, settings, total_steps, context.device, context.dtype, "step 2, reward")
     task = SupervisedTask[Pair](
@@ -75,8 +79,15 @@ def run(context: StageContext) -> dict[str, float]:
         len,
         evaluate,
         lambda: save_model(model, chat.tokenizer, context.output, chat.stop_ids, chat.pad_id),
+        passes,
+        pair_length,
     )
     return train_supervised(task, engine, train, settings, recipe.run.seed, context.log, recipe.run.log_every)
+
+
+def pair_length(pair: Pair) -> int:
+    """Tokens that a pair fills in a forward pass, which holds both of its sequences at one length."""
+    return 2 * max(len(sequence) for sequence in pair)
 
 
 def score_metrics(better: Tensor, worse: Tensor) -> dict[str, float]:

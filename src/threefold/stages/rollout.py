@@ -4,6 +4,7 @@ advantages."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,12 @@ from threefold.data.chat import ChatFormat
 from threefold.data.collate import RolloutBatch, collate_rollouts, collate_sequences, pad_ragged
 from threefold.data.prepare import PreparedPrompt
 from threefold.engine.device import precision
-from threefold.engine.train import micro_batches
+from threefold.engine.train import MicroBatching
 from threefold.errors import ConfigError, DataError
+from threefold.models.adapters import adapters_off
 from threefold.models.forward import CausalForward, answer_scores, target_values
 from threefold.models.loading import context_length, score_statistics
 from threefold.types import Experience, Message, Rollout, TokenSequence
-
-SCORING_BATCH = 64
 
 
 def same_tokens(first: ChatFormat, second: ChatFormat) -> bool:
@@ -64,22 +64,24 @@ class RewardScorer:
         allow_retokenise: bool,
         device: torch.device,
         dtype: torch.dtype,
+        passes: MicroBatching,
     ) -> None:
         self.model, self.mean_and_scale = model, score_statistics(model)
         self._chat, self._actor_chat, self._device, self._dtype = chat, actor_chat, device, dtype
+        self._passes = passes
         self.same_tokens = check_same_tokens(chat, actor_chat, allow_retokenise)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[tuple[Message, ...]], rollouts: Sequence[Rollout]) -> Tensor:
         """Scores [B] float32 on the CPU of `rollouts`, answers to the conversations `prompts`."""
         self.model.eval()
-        scores = []
-        for pairs in micro_batches(list(zip(prompts, rollouts, strict=True)), SCORING_BATCH):
-            sequences = [self._sequence(messages, rollout) for messages, rollout in pairs]
-            batch = collate_sequences(sequences, self._chat.pad_id).to(self._device)
+        sequences = [self._sequence(messages, rollout) for messages, rollout in zip(prompts, rollouts, strict=True)]
+        scores = torch.empty(len(sequences))
+        for rows in self._passes.cut([len(sequence) for sequence in sequences]):
+            batch = collate_sequences([sequences[row] for row in rows], self._chat.pad_id).to(self._device)
             with precision(self._device, self._dtype):
-                scores.append(answer_scores(self.model, batch.input_ids, batch.attention_mask, batch.lengths).cpu())
-        return torch.cat(scores)
+                scores[rows] = answer_scores(self.model, batch.input_ids, batch.lengths).cpu()
+        return scores
 
     def _sequence(self, messages: tuple[Message, ...], rollout: Rollout) -> TokenSequence:
         prompt: tuple[int, ...] = tuple(rollout.prompt_ids.tolist())
@@ -99,34 +101,50 @@ class RewardScorer:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The step-1 model: a model of its own or, where the actor trains adapters only, the actor with them off."""
+
+    forward: CausalForward
+    is_actor: bool = False
+
+    def logprobs(self, batch: RolloutBatch, temperature: float) -> Tensor:
+        """Log-probability of every response token, flat: [M], row by row."""
+        with adapters_off(self.forward.model) if self.is_actor else nullcontext():
+            return response_logprobs(self.forward, batch, temperature)[0]
+
+
+@dataclass(frozen=True)
 class Scorers:
     """What judges rollouts: the frozen reference, the critic as it is now, the frozen reward model."""
 
-    reference: CausalForward
+    reference: Reference
     critic: PreTrainedModel
     reward: RewardScorer
     pad_id: int
     device: torch.device
     dtype: torch.dtype
+    passes: MicroBatching
 
 
 def response_logprobs(forward: CausalForward, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every response token of a padded batch, flat: [M] each, row by row."""
-    return forward.target_logprobs(batch.input_ids, batch.attention_mask, batch.target_mask, temperature)
+    return forward.target_logprobs(batch.input_ids, batch.target_mask, temperature)
 
 
 @torch.no_grad()
 def per_rollout(
     rollouts: Sequence[Rollout], scorers: Scorers, compute: Callable[[RolloutBatch], Tensor]
 ) -> list[Tensor]:
-    """Apply `compute` (padded batch -> flat [M]) in scoring batches and cut the result into one [R] tensor per
-    rollout, on the CPU."""
-    pieces: list[Tensor] = []
-    for part in micro_batches(rollouts, SCORING_BATCH):
+    """Apply `compute` (padded batch -> flat [M]) pass by pass and cut the result into one [R] tensor per rollout, on
+    the CPU."""
+    pieces: list[Tensor] = [torch.empty(0)] * len(rollouts)
+    for rows in scorers.passes.cut([len(rollout) for rollout in rollouts]):
+        part = [rollouts[row] for row in rows]
         batch = collate_rollouts(part, scorers.pad_id).to(scorers.device)
         with precision(scorers.device, scorers.dtype):
             flat = compute(batch).cpu()
-        pieces.extend(flat.split([len(rollout.response_ids) for rollout in part]))
+        for row, piece in zip(rows, flat.split([len(rollout.response_ids) for rollout in part]), strict=True):
+            pieces[row] = piece
     return pieces
 
 
@@ -147,30 +165,42 @@ class ScoredBatch:
     shaped_scores: Tensor
 
 
+ValuePass = Callable[[Sequence[Rollout], Tensor], list[Tensor]]
+"""From rollouts and their per-token rewards [B, R] to the critic's value before each response token."""
+
+
+def _values(rollouts: Sequence[Rollout], scorers: Scorers) -> list[Tensor]:
+    scorers.critic.eval()
+    return per_rollout(rollouts, scorers, lambda b: target_values(scorers.critic, b.input_ids, b.target_mask))
+
+
 def make_experience(
     prompts: Sequence[PreparedPrompt],
     rollouts: Sequence[Rollout],
     scorers: Scorers,
     settings: PPOSection,
     kl_coef: float,
+    value_pass: ValuePass | None = None,
 ) -> ScoredBatch:
-    """Score rollouts and estimate advantages: everything that the update needs, computed once."""
+    """Score rollouts and estimate advantages: everything that the update needs, computed once.
+
+    Args:
+        value_pass: gives the critic's values, and does with its forward pass whatever else there is to do; None only
+            reads the values.
+    """
     temperature = settings.sampling.temperature
-    scorers.critic.eval()
-    ref_logprobs = per_rollout(rollouts, scorers, lambda b: response_logprobs(scorers.reference, b, temperature)[0])
-    values = per_rollout(
-        rollouts, scorers, lambda b: target_values(scorers.critic, b.input_ids, b.attention_mask, b.target_mask)
-    )
+    ref_logprobs = per_rollout(rollouts, scorers, lambda b: scorers.reference.logprobs(b, temperature))
     scores = scorers.reward([prompt.prompt.messages for prompt in prompts], rollouts)
 
     padded_logprobs, mask = pad_ragged([rollout.logprobs for rollout in rollouts])
     padded_ref, _ = pad_ragged(ref_logprobs)
-    padded_values, _ = pad_ragged(values)
     finished = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
     mean, scale = scorers.reward.mean_and_scale if settings.normalise_reward else (0.0, 1.0)
     shaped = shape_scores(scores, finished, mean, scale, settings.reward_clip, settings.missing_stop_penalty)
     kl = kl_per_token(padded_logprobs, padded_ref, settings.kl_estimator)
     rewards = token_rewards(shaped, kl, mask, kl_coef)
+    values = _values(rollouts, scorers) if value_pass is None else value_pass(rollouts, rewards)
+    padded_values, _ = pad_ragged(values)
     advantages, returns = estimate_advantages(rewards, padded_values, mask, settings.gamma, settings.gae_lambda)
     if settings.whiten_advantages:
         advantages = whiten(advantages, mask)

@@ -12,7 +12,8 @@ from threefold.algo.losses import lm_loss_sum
 from threefold.data.collate import collate_sequences, num_targets
 from threefold.data.prepare import sft_sequences
 from threefold.engine.device import precision
-from threefold.engine.train import TrainEngine, micro_batches
+from threefold.engine.train import TrainEngine, micro_batching
+from threefold.models.adapters import add_lora
 from threefold.models.forward import CausalForward
 from threefold.models.loading import save_model, set_dropout
 from threefold.stages.context import StageContext
@@ -25,6 +26,8 @@ def run(context: StageContext) -> dict[str, float]:
     recipe, settings = context.recipe, context.recipe.sft
     share = context.shares()["sft"]
     model, chat = context.actor(share.train)
+    set_dropout(model, settings.dropout)
+    add_lora(model, settings.lora, recipe.run.seed, "sft.lora")
     limits = (recipe.data.max_length, settings.loss_on, recipe.data.long_rows)
     train, num_dropped = sft_sequences(share.train, chat, *limits)
     held_out, num_dropped_eval = sft_sequences(share.eval, chat, *limits)
@@ -33,25 +36,25 @@ def run(context: StageContext) -> dict[str, float]:
         f"step 1, sft: {len(train)} conversations to train on, {len(held_out)} held out"
         + (f", {num_dropped + num_dropped_eval} too long and dropped" if num_dropped + num_dropped_eval else "")
     )
+    passes = micro_batching(settings.micro_batch_size, settings.micro_batch_tokens, context.device)
     forward = CausalForward(model)
 
     def loss_sum(sequences: Sequence[TokenSequence]) -> Tensor:
         batch = collate_sequences(sequences, chat.pad_id).to(context.device)
-        logprobs, _ = forward.target_logprobs(batch.input_ids, batch.attention_mask, batch.target_mask)
+        logprobs, _ = forward.target_logprobs(batch.input_ids, batch.target_mask)
         return lm_loss_sum(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         model.eval()
         total = 0.0
-        for micro in micro_batches(held_out, settings.micro_batch_size or settings.batch_size):
+        for micro in passes.of(held_out, len):
             with precision(context.device, context.dtype):
                 total += float(loss_sum(micro))
         model.train()
         loss = total / num_targets(held_out)
         return {"sft/eval_loss": loss, "sft/eval_perplexity": math.exp(min(loss, 700.0))}
 
-    set_dropout(model, settings.dropout)
     total_steps = num_optimizer_steps(len(train), settings)
     engine = TrainEngine(model, settings, total_steps, context.device, context.dtype, "step 1, sft")
     task = SupervisedTask[TokenSequence](
@@ -60,5 +63,7 @@ def run(context: StageContext) -> dict[str, float]:
         num_targets,
         evaluate,
         lambda: save_model(model, chat.tokenizer, context.output, chat.stop_ids, chat.pad_id),
+        passes,
+        len,
     )
     return train_supervised(task, engine, train, settings, recipe.run.seed, context.log, recipe.run.log_every)

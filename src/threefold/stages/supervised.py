@@ -11,7 +11,7 @@ from torch import Tensor
 
 from threefold.config.recipe import SupervisedSection
 from threefold.data.collate import epoch_order
-from threefold.engine.train import TrainEngine, micro_batches
+from threefold.engine.train import MicroBatching, TrainEngine
 from threefold.errors import TrainingError
 from threefold.metrics import RunLog
 
@@ -27,6 +27,8 @@ class SupervisedTask(Generic[Item]):
         count: how many terms the loss of these items has (tokens, pairs).
         evaluate: held-out metrics; those named NAME/eval_loss select the best checkpoint (lower is better).
         save: writes the present weights to the stage's directory.
+        passes: how a batch is cut into forward passes.
+        length_of: tokens that an item fills in one.
     """
 
     def __init__(
@@ -36,8 +38,11 @@ class SupervisedTask(Generic[Item]):
         count: Callable[[Sequence[Item]], int],
         evaluate: Callable[[], dict[str, float]],
         save: Callable[[], None],
+        passes: MicroBatching,
+        length_of: Callable[[Item], int],
     ) -> None:
         self.name, self.loss_sum, self.count, self.evaluate, self.save = name, loss_sum, count, evaluate, save
+        self.passes, self.length_of = passes, length_of
 
 
 def num_optimizer_steps(num_items: int, settings: SupervisedSection) -> int:
@@ -79,7 +84,7 @@ def train_supervised(
                 order = epoch_order(len(items), seed, epoch)
             batch = [items[index] for index in order[within * settings.batch_size : (within + 1) * settings.batch_size]]
             count = task.count(batch)
-            for micro in micro_batches(batch, settings.micro_batch_size):
+            for micro in task.passes.of(batch, task.length_of):
                 _backward(engine, task, micro, count)
             result = engine.step()
             bar.advance(loss=result.loss)
