@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from threefold import __version__
+from threefold.bench.options import DEFAULT_ACTOR, DEFAULT_CRITIC, DEFAULT_LENGTH, BenchOptions
+from threefold.bench.run import run_bench
 from threefold.config.arguments import CommandParser, add_step_flag, chosen_steps, given_arguments
 from threefold.config.fields import fields_help, recipe_markdown
 from threefold.config.load import dump_recipe, load_recipe
@@ -30,6 +32,7 @@ commands:
   train RECIPE.toml     run the three steps; run it again to go on where it stopped
   chat DIR              talk with a finished model
   recipe [RECIPE.toml]  print a recipe with every field filled in
+  bench                 time step 3 on models of any shape, with random weights
 
   threefold COMMAND --help   the flags of one command; train's lists every field of the recipe
   threefold --version
@@ -61,7 +64,7 @@ def run_guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[st
 
 
 def _run_command(arguments: Sequence[str]) -> None:
-    commands = {"train": _train, "chat": _chat, "recipe": _recipe}
+    commands = {"train": _train, "chat": _chat, "recipe": _recipe, "bench": _bench}
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help"):
         sys.stdout.write(_HELP)
@@ -132,3 +135,40 @@ def _recipe(arguments: Sequence[str]) -> None:
     flags = parser.parse_own(own)
     recipe = load_recipe(flags.recipe, overrides)
     sys.stdout.write(recipe_markdown() if flags.markdown else dump_recipe(recipe))
+
+
+def _bench(arguments: Sequence[str]) -> None:
+    defaults = BenchOptions()
+    parser = CommandParser(
+        prog="threefold bench",
+        description="Time step 3 (generate, score, update) on random weights, and count what it computes.\n\n"
+        "  threefold bench --actor facebook/opt-1.3b --critic facebook/opt-350m --dtype bfloat16\n"
+        "  threefold bench --actor llama:hidden=512,layers=8,heads=8,kv_heads=4,ffn=1408,vocab=8000 --json bench.json",
+    )
+    shape = "published name, or FAMILY:hidden=N,layers=N,heads=N,ffn=N,vocab=N (default: %(default)s)"
+    parser.add_argument("--actor", default=DEFAULT_ACTOR, metavar="SHAPE", help=shape)
+    parser.add_argument("--critic", default=DEFAULT_CRITIC, metavar="SHAPE", help="and reward model: " + shape)
+
+    def number(flag: str, default: int | None, text: str) -> None:
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
+
+    number("--batch", defaults.batch, "prompts of an iteration (default: %(default)s)")
+    number("--answers-per-prompt", defaults.answers_per_prompt, "answers to each (default: %(default)s)")
+    number("--prompt-length", None, f"tokens of every prompt (default: {DEFAULT_LENGTH})")
+    number("--answer-length", None, f"tokens of every answer (default: {DEFAULT_LENGTH})")
+    parser.add_argument(
+        "--lengths", type=Path, metavar="FILE", help="answer lengths, or prompt and answer lengths, to draw from"
+    )
+    number("--iterations", defaults.iterations, "iterations that are measured (default: %(default)s)")
+    number("--warmup", defaults.warmup, "iterations before them that are not (default: %(default)s)")
+    number("--minibatches", defaults.minibatches, "optimizer steps of an iteration (default: %(default)s)")
+    number("--micro-batch-tokens", defaults.micro_batch_tokens, "tokens of a forward pass; 0 is what suits the device")
+    number("--lora-rank", defaults.lora_rank, "rank of adapters on the actor; 0 trains all of it")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="as ppo.gradient_checkpointing")
+    parser.add_argument("--offload-optimizer", action="store_true", help="as ppo.offload_optimizer")
+    parser.add_argument("--dtype", default=defaults.dtype, choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--device", default=defaults.device, choices=["auto", "cpu", "cuda", "mps"])
+    number("--threads", defaults.threads, "CPU threads; 0 leaves PyTorch's choice")
+    number("--seed", defaults.seed, "of weights, prompts, lengths and sampling (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
+    run_bench(BenchOptions(**vars(parser.parse(arguments))), ["threefold", "bench", *arguments])
