@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.tables import LABELS, generation_seconds, iteration_seconds, peak, per_token, ratio_of_medians
 
@@ -65,7 +66,7 @@ def _ratios(parts: dict[str, Any], file: Path) -> Path:
     axes = figure.subplots()
     for height, (_, ratio, wanted) in enumerate(bars):
         axes.barh(height, ratio, color=OURS, height=0.6)
-        axes.text(ratio, height, f" {ratio:.1f}×", va="center")
+        axes.text(max(ratio, wanted or 0.0), height, f" {ratio:.1f}×", va="center")
         if wanted:
             axes.plot([wanted, wanted], [height - 0.4, height + 0.4], color=THEIRS, linewidth=2)
     axes.axvline(1, color=OTHER, linewidth=1)
@@ -113,10 +114,17 @@ def _growth(part: dict[str, Any], file: Path) -> Path:
         for name, colour in (("threefold", OURS), ("transformers", THEIRS)):
             values = [1e3 * per_token(point, name) for point in points]
             axes.plot(
-                [point[axis] for point in points], values, marker="o", markersize=3, color=colour, label=LABELS[name]
+                [point[axis] for point in points],
+                values,
+                marker="o",
+                markersize=3,
+                color=colour,
+                label=LABELS[name].replace("`", ""),
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(StrMethodFormatter("{x:g}"))
         ticks = [point[axis] for point in points]
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xlabel(f"{'answer length' if axis == 'length' else 'batch'} ({other} {points[0][other]})")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import draw
-from benchmarks.tables import all_met, markdown, rewrite
+from benchmarks.tables import DISTURBED, all_met, is_disturbed, markdown, rewrite
 from benchmarks.workloads import FULL, NUM_SPECIAL, SMALL, Sizes, prepare
 
 HERE = Path(__file__).resolve().parent
@@ -68,10 +68,22 @@ class Worker:
         self.loaded = self._answer()
 
     def ask(self, **order: Any) -> dict[str, Any]:
+        """The worker's answer, with `others_share`: how much of the machine all other processes had meanwhile."""
         assert self._process.stdin is not None
+        before = self._others_seconds(), time.perf_counter()
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        seconds = (time.perf_counter() - before[1]) * (os.cpu_count() or 1)
+        return {**answer, "others_share": max(self._others_seconds() - before[0], 0.0) / seconds}
+
+    def _others_seconds(self) -> float:
+        """Processor time of everything but this worker since the machine started (Linux; elsewhere 0)."""
+        if not Path("/proc/stat").is_file():
+            return 0.0
+        total = sum(map(int, _lines("/proc/stat")[0].split()[1:4]))
+        own = sum(map(int, _lines(f"/proc/{self._process.pid}/stat")[0].rpartition(")")[2].split()[11:13]))
+        return (total - own) / os.sysconf("SC_CLK_TCK")
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -124,23 +136,38 @@ class Contest:
         }[name]
 
     def turns(self, workload: str, names: Sequence[str], iterations: int) -> dict[str, Any]:
-        """Whole iterations of threefold and TRL, generation of the others: a warm-up each, then `iterations` rounds."""
-        found: dict[str, Any] = {}
-        with self.workers(names, workload, iterations + 1) as workers:
-            for name, worker in workers.items():
-                found[name] = {"loaded": worker.loaded, "warm_up": None, "iterations": []}
+        """Whole iterations of threefold and TRL, generation of the others: a warm-up each, then `iterations` rounds.
+
+        A round in which other processes had more than DISTURBED of the machine during a turn is repeated, while
+        there are fewer than twice the rounds that are wanted; the least disturbed ones count.
+        """
+        most = 2 * iterations
+        with self.workers(names, workload, most + 1) as workers:
+            loaded = {name: worker.loaded for name, worker in workers.items()}
             rates = [self.matrix_rates()]
-            for turn in range(iterations + 1):
-                for name, worker in workers.items():
-                    order = {"do": "iteration", "batch": turn} if name == "threefold" else {"batch": turn}
-                    answer = worker.ask(**order)
-                    say(f"{workload}, {'round ' + str(turn) if turn else 'warm-up'}: {name} {answer['seconds']:.2f} s")
-                    if turn:
-                        found[name]["iterations"].append(answer)
-                    else:
-                        found[name]["warm_up"] = answer
+            warm_up = self._round(workers, workload, 0)
+            rounds: list[dict[str, Any]] = []
+            while sum(not _disturbed(found) for found in rounds) < iterations and len(rounds) < most:
+                rounds.append(self._round(workers, workload, len(rounds) + 1))
             rates.append(self.matrix_rates())
-        return {"contestants": found, "rates": rates}
+        kept = sorted(rounds, key=_disturbed)[:iterations]  # a stable sort: quiet ones first, each kind in its order
+        contestants = {
+            name: {"loaded": loaded[name], "warm_up": warm_up[name], "iterations": [found[name] for found in kept]}
+            for name in names
+        }
+        return {"contestants": contestants, "rates": rates, "rounds_left_out": len(rounds) - len(kept)}
+
+    @staticmethod
+    def _round(workers: dict[str, Worker], workload: str, turn: int) -> dict[str, Any]:
+        """One iteration of each."""
+        found = {}
+        for name, worker in workers.items():
+            order = {"do": "iteration", "batch": turn} if name == "threefold" else {"batch": turn}
+            found[name] = worker.ask(**order)
+            share = f"; others had {found[name]['others_share']:.0%} of the machine" if _disturbed(found) else ""
+            what = f"round {turn}" if turn else "warm-up"
+            say(f"{workload}, {what}: {name} {found[name]['seconds']:.2f} s{share}")
+        return found
 
     def matrix_rates(self) -> dict[str, float]:
         """FLOP/s by kernel, in a process of its own, whose matrices are then in nobody's memory."""
@@ -212,6 +239,11 @@ class Contest:
         return {"prompt_length": prompt_length, "points": found}
 
 
+def _disturbed(answers: dict[str, dict[str, Any]]) -> bool:
+    """Whether something else computed during anybody's turn of a round."""
+    return max(answer["others_share"] for answer in answers.values()) > DISTURBED
+
+
 def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
@@ -277,6 +309,8 @@ def run(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
     print(markdown(results))
+    if is_disturbed(results) and not arguments.disturbed:
+        raise SystemExit("something else ran beside these measurements; measure again, or insist with --disturbed")
     rewrite(README, results)
     for file in draw(results, PLOTS):
         say(f"wrote {file}")
@@ -297,6 +331,9 @@ def main() -> int:
     runner.set_defaults(function=run)
     reporter = commands.add_parser("report", help="write a run's tables and plots into the repository")
     reporter.add_argument("results", type=Path)
+    reporter.add_argument(
+        "--disturbed", action="store_true", help="write them even if other processes disturbed the run"
+    )
     reporter.set_defaults(function=report)
     arguments = parser.parse_args()
     code: int = arguments.function(arguments)

@@ -22,6 +22,9 @@ CLIFF_LENGTH, CLIFF_BATCH = 2.0, 1.25
 """Twice the answer's length may at most double the time per token (attention reads twice as much); twice the batch may
 not raise it, beyond noise."""
 
+DISTURBED = 0.05
+"""Share of the machine that other processes may have had."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -55,6 +58,26 @@ def rows(results: dict[str, Any]) -> list[Row]:
 
 def all_met(results: dict[str, Any]) -> bool:
     return all(row.met is not False for row in rows(results))
+
+
+def others_share(results: dict[str, Any]) -> float | None:
+    """The largest, over contestants, of the median share of the machine that other processes had during its measured
+    turns; None if a turn of the run lacks it."""
+    turns = [
+        [answer.get("others_share") for answer in contestant["iterations"]]
+        for part in results["parts"].values()
+        for contestant in part.get("contestants", {}).values()
+    ]
+    if any(share is None for shares in turns for share in shares):
+        return None
+    return max((median(shares) for shares in turns), default=0.0)
+
+
+def is_disturbed(results: dict[str, Any]) -> bool:
+    """Whether something else computed beside the run. Software that waits by spinning (GNU OpenMP's default) then takes
+    several times as long, so the ratios would flatter whoever does not."""
+    share = others_share(results)
+    return share is None or share > DISTURBED
 
 
 def iteration_seconds(contestant: dict[str, Any], phase: str = "") -> list[float]:
@@ -167,6 +190,13 @@ def markdown(results: dict[str, Any]) -> str:
         f"Measured {dates}.",
         "",
     ]
+    shares = others_share(results)
+    if shares is not None:
+        left_out = sum(part.get("rounds_left_out", 0) for part in parts.values())
+        said = f", {left_out} rounds in which they had more than {DISTURBED:.0%} left out" if left_out else ""
+        lines += [f"Other processes had {shares:.0%} of the machine in the worst contestant's median turn{said}.", ""]
+    if is_disturbed(results):
+        lines += [f"**Disturbed: more than {DISTURBED:.0%}, or not recorded. Ratios of this run say little.**", ""]
     if any(part["small"] for part in parts.values()):
         lines += ["**A trial with tiny models, not a measurement.**", ""]
     lines += ["| workload | what | measured | bar | met |", "|---|---|---|---|---|"]

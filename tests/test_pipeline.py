@@ -43,6 +43,9 @@ EXPECTED_BY_PREFIX = {
     "run.seed": ALL, "run.": NONE,
     "model.reward": AFTER_SFT, "model.retokenise_for_reward": ONLY_PPO, "model.": ALL,
     "data.max_prompt_length": ONLY_PPO, "data.": ALL,
+    "sft.lora.rank": ALL, "sft.lora.": NONE, "reward.lora.rank": AFTER_SFT, "reward.lora.": NONE,
+    "ppo.actor_lora.rank": ONLY_PPO, "ppo.actor_lora.": NONE,
+    "ppo.critic_lora.rank": ONLY_PPO, "ppo.critic_lora.": NONE,
     "sft.micro_batch_": NONE, "reward.micro_batch_": NONE, "ppo.micro_batch_": NONE, "generation.": NONE,
     "ppo.gradient_checkpointing": NONE, "ppo.offload_optimizer": NONE, "ppo.parity_bound": NONE,
     "ppo.kl_target": NONE, "ppo.kl_horizon": NONE,
@@ -390,3 +393,17 @@ def test_ctrl_c_in_another_process_is_one_line_and_130(tmp_path: Path) -> None:
     assert set(before) == {"sft", "reward"}
     assert train(recipe, output, "--ppo.iterations=1") == 0
     assert {name: stamp for name, stamp in file_stamps(output).items() if name in before} == before
+
+
+def test_adapters_and_dropout_count_as_what_they_do() -> None:
+    """Adapters of rank 0 are none, a default alpha is the value it stands for, and with dropout the passes matter."""
+
+    def keys(*overrides: str) -> dict[str, str]:
+        return step_keys(graph(tiny_recipe(*overrides)))
+
+    assert keys("--sft.lora.rank=4") != keys()
+    assert keys("--sft.lora.rank=4", "--sft.lora.alpha=8") == keys("--sft.lora.rank=4")
+    assert keys("--sft.lora.rank=4", "--sft.lora.alpha=4") != keys("--sft.lora.rank=4")
+    assert keys("--sft.dropout=0.1", "--sft.micro_batch_size=2") != keys("--sft.dropout=0.1")
+    dropped = ("--sft.lora.rank=4", "--sft.lora.dropout=0.1")
+    assert keys(*dropped, "--sft.micro_batch_tokens=99") != keys(*dropped)

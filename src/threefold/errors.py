@@ -32,3 +32,7 @@ class TrainingError(ThreefoldError):
 
 class ParityError(TrainingError):
     """What generates is not what trains: their log-probs of the same tokens differ beyond the recipe's bound."""
+
+
+class NonFiniteError(TrainingError):
+    """NaN or infinity came out of a model, or out of a loss."""

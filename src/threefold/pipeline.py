@@ -35,7 +35,7 @@ from threefold.checkpoint import (
     write_json,
     write_text,
 )
-from threefold.config.recipe import Recipe
+from threefold.config.recipe import LoRASection, Recipe, SupervisedSection
 from threefold.engine.device import make_repeatable, pick_device, pick_dtype
 from threefold.errors import CheckpointError, ConfigError
 from threefold.metrics import RunLog
@@ -63,7 +63,7 @@ class Step:
 
 
 PASSES = {"micro_batch_size", "micro_batch_tokens"}
-"""Fields that bound a forward pass, and change no result."""
+"""Fields that bound a forward pass, and without dropout change no result but its last bits."""
 
 
 def graph(recipe: Recipe) -> tuple[Step, ...]:
@@ -83,11 +83,13 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
     from_sft = not recipe.model.reward
     mixture = {"text": _source(recipe.ppo.mixture.source, recipe)} if recipe.ppo.mixture.source else {}
     # what only bounds memory, checks or reports does not count, nor where the text lies: its content does
-    sft_settings = recipe.sft.model_dump(exclude=PASSES)
     unread: dict[str, Any] = {
         **dict.fromkeys([*PASSES, "gradient_checkpointing", "offload_optimizer", "parity_bound"], True),
         "mixture": {"source": True},
+        "actor_lora": True,
+        "critic_lora": True,
     }
+    adapters = {name: _lora(getattr(recipe.ppo, name)) for name in ("actor_lora", "critic_lora")}
     if recipe.ppo.kl_controller == "fixed":
         unread |= {"kl_target": True, "kl_horizon": True}
     return (
@@ -96,7 +98,7 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
             "sft",
             sft.run,
             (),
-            {**shared, **answers, "actor": actor, "sft": sft_settings},
+            {**shared, **answers, "actor": actor, "sft": _supervised(recipe.sft)},
         ),
         Step(
             2,
@@ -107,7 +109,7 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
                 **shared,
                 **answers,
                 "start": "" if from_sft else content_hash(recipe.model.reward),
-                "reward": recipe.reward.model_dump(exclude=PASSES),
+                "reward": _supervised(recipe.reward),
             },
         ),
         Step(
@@ -119,11 +121,24 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
                 **shared,
                 **prompts,
                 **mixture,
-                "ppo": recipe.ppo.model_dump(exclude=unread),
+                "ppo": recipe.ppo.model_dump(exclude=unread) | adapters,
                 "retokenise": recipe.model.retokenise_for_reward,
             },
         ),
     )
+
+
+def _lora(section: LoRASection) -> dict[str, Any]:
+    """What adapters are: nothing where there are none, and a default like the value that it stands for."""
+    return section.model_dump() | {"alpha": section.effective_alpha()} if section.rank else {}
+
+
+def _supervised(section: SupervisedSection) -> dict[str, Any]:
+    """What the result of step 1 or 2 depends on: with dropout, also how a batch is cut into passes, for each draws its
+    own."""
+    random_passes = section.dropout > 0 or (section.lora.rank > 0 and section.lora.dropout > 0)
+    exclude = {"lora"} if random_passes else {"lora", *PASSES}
+    return section.model_dump(exclude=exclude) | {"lora": _lora(section.lora)}
 
 
 def _source(source: str, recipe: Recipe) -> Any:

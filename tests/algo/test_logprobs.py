@@ -127,7 +127,7 @@ def chunked_run(chunk_tokens: int, num_tokens: int = 10) -> tuple[list[Tensor], 
     ids = torch.randint(11, (num_tokens,), generator=generator)
     weights = torch.randn(2, num_tokens, generator=generator)
     head = Head()
-    logprobs, entropies = chunked_logprobs(hidden, ids, head, 0.8, chunk_tokens, train_entropy=True)
+    logprobs, entropies = chunked_logprobs(hidden, ids, head, 0.8, chunk_tokens, entropy="trained")
     (weights[0] * logprobs + weights[1] * entropies).sum().backward()
     assert hidden.grad is not None
     assert head.weight.grad is not None

@@ -2,13 +2,13 @@
 
 import pytest
 
-from benchmarks.tables import BEGIN, END, all_met, markdown, rewrite, rows
+from benchmarks.tables import BEGIN, END, all_met, is_disturbed, markdown, rewrite, rows
 
 GIB = 2**30
 
 
 def answer(seconds, peak_gib, **more):
-    return {"seconds": seconds, "lengths": [4, 4], "peak_bytes": peak_gib * GIB, **more}
+    return {"seconds": seconds, "lengths": [4, 4], "peak_bytes": peak_gib * GIB, "others_share": 0.01, **more}
 
 
 def contestants():
@@ -83,6 +83,18 @@ def test_a_bar_that_is_missed(results):
     results["parts"]["C"]["shared_s"] = [2.0]
     assert not all_met(results)
     assert "**no**" in markdown(results)
+
+
+def test_a_disturbed_run_is_called_so(results):
+    """One disturbed turn of three does not move a median; two do."""
+    turns = results["parts"]["A"]["contestants"]["trl"]["iterations"]
+    turns[0]["others_share"] = 0.5
+    assert not is_disturbed(results)
+    turns[1]["others_share"] = 0.5
+    assert is_disturbed(results)
+    assert "**Disturbed" in markdown(results)
+    del turns[2]["others_share"]
+    assert is_disturbed(results)
 
 
 def test_only_the_marked_part_of_the_page_changes(results, tmp_path):

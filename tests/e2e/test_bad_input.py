@@ -306,12 +306,26 @@ def test_a_finished_stage_whose_weights_are_damaged(complaint: Complain, tiny_ru
         (("--ppo.sampling.temperature", "0"), ("temperature 0 is greedy", "above 0")),
         (("--model.embedded.num_heads", "5"), ("num_heads 5", "hidden_size 32")),
         (("--model.embedded.vocab_size", "100"), ("model.embedded.vocab_size 100", "261 or more")),
+        (("--ppo.sampling.top_q", "0.5"), ("unknown field ppo.sampling.top_q", "did you mean")),
+        (("--ppo.actor_lora.dropout", "0.1", "--ppo.actor_lora.rank", "2"), ("dropout", "0")),
+        (("--generation.kv_memory_gib", "1e-6"), ("generation.kv_memory_gib = 1e-06", "raise it", "max_new_tokens")),
         (("--run.device", "tpu"), ("run.device", '"tpu"', "'cpu'")),
         (("--data.demo.num_prompts", "4"), ("4 different prompts are too few", "data.split")),
     ],
 )
 def test_fields(complaint: Complain, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
     assert has_all(complaint(*arguments), *parts)
+
+
+@pytest.mark.parametrize("field", ["sft.lora", "reward.lora", "ppo.actor_lora", "ppo.critic_lora"])
+def test_adapters_for_layers_that_are_not_there(
+    complaint: Complain, tiny_run: Path, tmp_path: Path, field: str
+) -> None:
+    """Refused before the first step, whichever step they are for."""
+    actor = ("--model.actor", str(tiny_run / "sft"))
+    line = complaint(*actor, f"--{field}.rank", "2", f"--{field}.target_modules", "k_projection")
+    assert has_all(line, f"{field}.target_modules", "k_projection", "k_proj")
+    assert not (tmp_path / "output" / "sft").exists()
 
 
 @pytest.mark.parametrize(

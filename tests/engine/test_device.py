@@ -76,3 +76,10 @@ def test_number_of_threads(threads: None) -> None:
     assert torch.get_num_threads() == 2
     make_repeatable(RunSection(num_threads=1))
     assert torch.get_num_threads() == 1
+
+
+def test_attention_is_left_to_kernels_that_take_any_shape(threads: None) -> None:
+    make_repeatable(RunSection())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()

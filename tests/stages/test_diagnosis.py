@@ -1,8 +1,9 @@
-"""Broken weights in step 3: the run stops in one line that names the place and the weight, and leaves its state."""
+"""Numbers that are not finite in step 3: one line that names place and weight, and the models left on disk."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,44 +13,93 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import finished, stage_context, tiny_recipe
 from threefold.errors import TrainingError
 from threefold.stages import ppo
-from threefold.stages.ppo import prompt_batches
+from threefold.stages.ppo import Setup
 
 BROKEN = "model.decoder.layers.1.fc1.weight"
+Damage = Callable[[Setup], None]
 
 
-def test_logits_that_are_not_finite(tiny_run: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe()
-    context = stage_context("ppo", recipe, tmp_path, finished(tiny_run))
-    setup = ppo._set_up(context)
-    actor = setup.learners.actor_forward.model
-    with torch.no_grad():
-        actor.get_parameter(BROKEN)[0, 0] = torch.nan
-    prompts = next(prompt_batches(setup.prompts, recipe.ppo, recipe.run.seed))
+def damaged_run(
+    tiny_run: Path, output: Path, monkeypatch: pytest.MonkeyPatch, damage: Damage, *overrides: str
+) -> tuple[str, Path]:
+    """Step 3 with `damage` done to its models before the first iteration; the message, and where failures lie."""
+    context = stage_context("ppo", tiny_recipe(*overrides), output, finished(tiny_run))
+    set_up = ppo._set_up
+
+    def damaged_set_up(given: object) -> Setup:
+        setup = set_up(given)  # type: ignore[arg-type]
+        with torch.no_grad():
+            damage(setup)
+        return setup
+
+    monkeypatch.setattr(ppo, "_set_up", damaged_set_up)
     with pytest.raises(TrainingError) as stopped:
-        ppo._sample_or_explain(context, setup, prompts, iteration=4)
+        ppo.run(context)
     context.log.close()
-    message = str(stopped.value)
-    saved = context.output.parent / "failed" / "ppo-iteration-5"
-    for part in ("iteration 5", "token 1 of an answer", f"the first is {BROKEN} (norm nan)", str(saved)):
+    assert "\n" not in str(stopped.value)
+    return str(stopped.value), context.output.parent / "failed"
+
+
+def test_logits_that_are_not_finite(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damage(setup: Setup) -> None:
+        setup.learners.actor_forward.model.get_parameter(BROKEN)[0, 0] = torch.nan
+
+    message, failed = damaged_run(tiny_run, tmp_path, monkeypatch, damage)
+    saved = failed / "ppo-0-steps"
+    for part in ("after 0 optimizer steps", "token 1 of an answer", f"the first is {BROKEN} (norm nan)", str(saved)):
         assert part in message, part
-    assert "\n" not in message
     state = AutoModelForCausalLM.from_pretrained(saved / "actor").state_dict()
     assert bool(torch.isnan(state[BROKEN]).any())
     assert (saved / "critic" / "model.safetensors").is_file()
     norms = json.loads((saved / "weight_norms.json").read_text())
     assert norms[BROKEN] == "nan"
-    assert set(norms) == {name for name, _ in actor.named_parameters()}
-    assert [tuple(ids) for ids in json.loads((saved / "prompts.json").read_text())] == [tuple(p.ids) for p in prompts]
+    assert sum(norm == "nan" for norm in norms.values()) == 1
+    monkeypatch.undo()
+    again, _ = damaged_run(tiny_run, tmp_path / "..", monkeypatch, damage)
+    assert str(failed / "ppo-0-steps") in message
+    assert "ppo-0-steps" in again
 
 
-def test_weights_that_are_finite_but_too_large_are_named_by_their_norm(tiny_run: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe()
-    context = stage_context("ppo", recipe, tmp_path, finished(tiny_run))
-    setup = ppo._set_up(context)
-    with torch.no_grad():
+def test_a_second_failure_keeps_what_the_first_left(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(setup: Setup) -> None:
+        setup.learners.actor_forward.model.get_parameter(BROKEN)[0, 0] = torch.inf
+
+    (tmp_path / "failed" / "ppo-0-steps").mkdir(parents=True)
+    message, failed = damaged_run(tiny_run, tmp_path, monkeypatch, damage)
+    assert str(failed / "ppo-0-steps-2") in message
+    assert not any((failed / "ppo-0-steps").iterdir())
+
+
+def test_weights_that_are_finite_but_too_large_are_named_by_their_norm(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(setup: Setup) -> None:
         setup.learners.actor_forward.model.get_parameter(BROKEN).fill_(1e38)
         setup.learners.actor_forward.model.get_parameter("model.decoder.layers.1.fc2.weight").fill_(1e37)
-    prompts = next(prompt_batches(setup.prompts, recipe.ppo, recipe.run.seed))
-    with pytest.raises(TrainingError, match=f"all weights are finite, the largest norm is that of {BROKEN}"):
-        ppo._sample_or_explain(context, setup, prompts, iteration=0)
-    context.log.close()
+
+    message, _ = damaged_run(tiny_run, tmp_path, monkeypatch, damage)
+    assert f"all weights of the actor are finite, the largest norm is that of {BROKEN}" in message
+
+
+@pytest.mark.parametrize("which", ["actor", "critic"])
+def test_an_update_that_explodes_leaves_its_models_too(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """Found by the loss, by an evaluation or by the next rollout: each names its place and saves."""
+    message, failed = damaged_run(
+        tiny_run,
+        tmp_path,
+        monkeypatch,
+        lambda _: None,
+        f"--ppo.{which}_learning_rate=1e30",
+        "--ppo.eval_every=1",
+        "--ppo.ppo_epochs=1",
+        "--ppo.minibatches=1",
+        "--ppo.iterations=3",
+    )
+    assert "step 3, ppo, after " in message
+    (saved,) = failed.iterdir()
+    assert str(saved) in message
+    assert (saved / "actor" / "model.safetensors").is_file()

@@ -1,13 +1,16 @@
-"""Log-probabilities of given tokens, without ever holding a [tokens, V] float32 tensor for more than one chunk."""
+"""Log-probabilities of given tokens, without ever holding [tokens, V] float32 tensors of more than one chunk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Entropy = Literal["none", "measured", "trained"]
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -37,13 +40,17 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _logprobs_and_entropy(
-    logits: Tensor, token_ids: Tensor, temperature: float, train_entropy: bool
+    logits: Tensor, token_ids: Tensor, temperature: float, entropy: Entropy
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and `token_entropy` from one log softmax."""
     log_probabilities = F.log_softmax(_scaled(logits, temperature), dim=-1)
     logprobs = log_probabilities.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    every = log_probabilities if train_entropy else log_probabilities.detach()
-    return logprobs, -(every.exp() * every).sum(dim=-1)
+    if entropy == "none":
+        return logprobs, torch.zeros_like(logprobs)
+    if entropy == "trained":
+        return logprobs, -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+    every = log_probabilities.detach()
+    return logprobs, -every.exp().mul_(every).sum(dim=-1)
 
 
 def chunked_logprobs(
@@ -52,12 +59,13 @@ def chunked_logprobs(
     head: Callable[[Tensor], Tensor],
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
-    train_entropy: bool = False,
+    entropy: Entropy = "measured",
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token and entropy of its distribution, the output head applied chunk by chunk.
 
     With gradients on, each chunk's logits are recomputed in the backward pass instead of kept, so peak memory is that
-    of one [chunk_tokens, V] float32 tensor, whatever the batch. A single chunk is not recomputed: nothing is saved.
+    of a few [chunk_tokens, V] float32 tensors (logits, log softmax, their gradients), whatever the batch. A single
+    chunk is kept: computing it again would save nothing.
 
     Args:
         hidden: [M, D], the hidden state from which each token is predicted.
@@ -65,14 +73,14 @@ def chunked_logprobs(
         head: maps [m, D] to logits [m, V].
         temperature: > 0.
         chunk_tokens: tokens per chunk.
-        train_entropy: whether the entropies carry a gradient; without, they cost one pass over the probabilities.
+        entropy: "trained" with a gradient, "measured" without, "none" gives zeros and costs nothing.
 
     Returns:
         log-probabilities [M] and entropies [M], float32, nats.
     """
 
     def one_chunk(hidden_chunk: Tensor, ids_chunk: Tensor) -> tuple[Tensor, Tensor]:
-        return _logprobs_and_entropy(head(hidden_chunk), ids_chunk, temperature, train_entropy)
+        return _logprobs_and_entropy(head(hidden_chunk), ids_chunk, temperature, entropy)
 
     if len(token_ids) <= chunk_tokens:
         return one_chunk(hidden, token_ids)

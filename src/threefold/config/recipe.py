@@ -268,7 +268,7 @@ class PPOSection(Section):
     """Keep no activations inside a block in the update of actor and critic but compute them again: less memory, about a
     third more time. The gradient is the same."""
     offload_optimizer: bool = False
-    """On a GPU, move the optimizer's state to host memory while answers are generated and scored."""
+    """On a GPU, move the optimizer's state to host memory while answers are generated."""
     kl_coef: NonNegativeFloat = 0.1
     """Weight of the per-token KL penalty in the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -390,10 +390,16 @@ class GenerationSection(Section):
     """Ceiling of the memory for keys and values, GiB; 0 means four fifths of what is measured free. Given back after
     every phase of generation."""
     packed_weights: Literal["auto", "never"] = "auto"
-    """auto keeps, while generating on a CPU, a second copy of the matrices in the layout that its kernel reads fastest;
-    never reads the training weights themselves, without a copy."""
+    """auto keeps a second copy of the matrices: on a CPU, while generating, in the layout that its kernel reads best;
+    on a GPU in run.dtype, between phases too if cuda_graphs are in use. never reads the training weights themselves,
+    without a copy."""
     cuda_graphs: Literal["auto", "never"] = "auto"
-    """auto records the decode step as a CUDA graph, where the family has a decoder and the device is a GPU."""
+    """auto records the decode step as a CUDA graph, where the family has a decoder and the device is a GPU; never
+    launches its operations one by one."""
+    overlap_scoring: Literal["never", "auto"] = "never"
+    """auto lets reference and reward model score finished answers while others are still decoded, on a GPU whose
+    reference is a model of its own (not adapters switched off): which answers pass together then depends on timing, and
+    the last bits of their scores with it. never scores all of them afterwards."""
 
 
 class EvaluateSection(Section):

@@ -21,9 +21,13 @@ class Batch:
     """Base of the padded batches: frozen dataclasses of tensors."""
 
     def to(self: Self, device: torch.device) -> Self:
-        """The same batch on another device."""
+        """The same batch, made on the CPU, on another device; the host does not wait for a GPU."""
         instance: Any = self
-        moved = {field.name: getattr(instance, field.name).to(device) for field in fields(instance)}
+        tensors = {field.name: getattr(instance, field.name) for field in fields(instance)}
+        if device.type == "cuda":  # from memory that is not page-locked, the copy would wait for the stream
+            moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+        else:
+            moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         return replace(instance, **moved)
 
 

@@ -41,10 +41,12 @@ def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 def make_repeatable(run: RunSection) -> None:
     """Seed every global generator and fix the number of threads: the same recipe gives the same numbers on one
-    machine. Freed memory is kept for the next phase."""
+    machine. Freed memory is kept for the next phase, and attention on a GPU is left to kernels that take any shape:
+    cuDNN's plans each new one for up to seconds, and passes cut by length have a new one each time."""
     random.seed(run.seed)
     numpy.random.seed(run.seed % 2**32)
     torch.manual_seed(run.seed)
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     keep_freed_memory()
+    torch.backends.cuda.enable_cudnn_sdp(False)

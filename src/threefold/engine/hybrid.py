@@ -9,6 +9,7 @@ describe the idea.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -21,7 +22,6 @@ from threefold.inference.cuda_graphs import GraphedDecoder, recorder_for
 from threefold.inference.decoder import Decoder
 from threefold.inference.generate import GenerationLimits, decoder_for, finished_answers
 from threefold.inference.scheduler import TokenDecoder
-from threefold.machine.memory import free_bytes
 from threefold.models.forward import CausalForward
 from threefold.types import Rollout
 
@@ -71,7 +71,11 @@ class HybridEngine:
         with ExitStack() as stack:
             for engine in self._offloaded:
                 stack.enter_context(engine.optimizer_in_host_memory())
-            if self._packable is not None and self._settings.packed_weights == "auto":
+            # on a CPU the packed products are float32, so with another type they would not be those that train
+            packs = self._settings.packed_weights == "auto" and (
+                self._device.type != "cpu" or self._dtype == torch.float32
+            )
+            if self._packable is not None and packs:
                 self._packable.pack(rows)
                 if self._graphed is None:
                     stack.callback(self._packable.unpack)
@@ -100,8 +104,7 @@ class HybridEngine:
         with torch.no_grad(), self.generating(min(rows, self._max_rows or rows)):
             limits = GenerationLimits(
                 max_rows=self._max_rows,
-                kv_bytes=int(self._settings.kv_memory_gib * GIB),
-                free_bytes=free_bytes(self._device),
+                kv_bytes=math.ceil(self._settings.kv_memory_gib * GIB),
             )
             with precision(self._device, self._dtype):
                 for number, rollout in finished_answers(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from threefold.machine.memory import PeakMemory
+from threefold.machine.memory import PeakMemory, return_freed_memory
 
 GIB = 2**30
 
@@ -16,13 +16,17 @@ GIB = 2**30
 class PhaseMeter:
     """Measures named phases, one after the other; `metrics` gives what was measured, names as in metrics.jsonl.
 
+    Args:
+        exact: give freed memory back before each phase, so that on a CPU too its peak is its own; the phase then takes
+            a little longer. Otherwise a CPU's peak contains what earlier phases have freed and the process has kept.
+
     Attributes:
         seconds: wall time of each phase.
         peak_bytes: peak memory of each phase: of the process on a CPU, of the device on a GPU.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, exact: bool = False) -> None:
+        self._device, self._exact = device, exact
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
 
@@ -30,6 +34,8 @@ class PhaseMeter:
     def phase(self, name: str) -> Iterator[None]:
         """Measure the block; what it queued on a GPU counts."""
         self._wait()
+        if self._exact:
+            return_freed_memory(self._device)
         started = time.perf_counter()
         with PeakMemory(self._device) as peak:
             yield

@@ -16,7 +16,7 @@ from threefold.config.recipe import OptimizerSection
 from threefold.engine.device import precision
 from threefold.engine.ema import ExponentialMovingAverage
 from threefold.engine.optim import build_optimizer
-from threefold.errors import TrainingError
+from threefold.errors import ConfigError, NonFiniteError
 
 Item = TypeVar("Item")
 
@@ -71,6 +71,15 @@ def micro_batching(max_sequences: int, max_tokens: int, device: torch.device) ->
     return MicroBatching(max_sequences, max_tokens or AUTO_MICRO_BATCH_TOKENS.get(device.type, 4096))
 
 
+def check_checkpointing(model: PreTrainedModel) -> None:
+    """Refuse a model whose activations transformers cannot compute again."""
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"ppo.gradient_checkpointing: {type(model).__name__} cannot do without its activations in transformers; "
+            "set it to false"
+        )
+
+
 class TrainEngine:
     """A model, its optimizer and schedule, and, where asked for, its moving average.
 
@@ -99,6 +108,7 @@ class TrainEngine:
         self._loss = 0.0
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
+            check_checkpointing(model)
             # the name changed within transformers 5
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -133,8 +143,8 @@ class TrainEngine:
     def _move_optimizer_state(self, device: torch.device) -> None:
         for state in self._optimizer.state.values():
             for name, value in state.items():
-                if isinstance(value, Tensor):
-                    state[name] = value.to(device)
+                if isinstance(value, Tensor) and value.ndim:  # the count of steps stays where the optimizer put it
+                    state[name] = _moved(value, device)
 
     def discard(self) -> None:
         """Forget the gradients accumulated since the last step."""
@@ -145,7 +155,7 @@ class TrainEngine:
         """Clip the gradient, take one optimizer step, advance the schedule, update the average.
 
         Raises:
-            TrainingError: if the loss or the gradient's norm is not finite; the weights are then still those of the
+            NonFiniteError: if the loss or the gradient's norm is not finite; the weights are then still those of the
                 step before.
         """
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -153,7 +163,7 @@ class TrainEngine:
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
         loss, self._loss = self._loss, 0.0
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingError(
+            raise NonFiniteError(
                 f"{self._what}, optimizer step {self.num_steps + 1}: loss {loss:g}, gradient norm {grad_norm:g}; "
                 "stopped before the step. Lower the learning rate, or look for damaged rows in the data"
             )
@@ -165,3 +175,11 @@ class TrainEngine:
         if self.ema is not None:
             self.ema.update(self.model)
         return StepResult(loss, grad_norm, learning_rate)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on another device. On the host of a GPU it is in page-locked memory, with which copies are fast and in
+    the order of the stream's other work: it is not to be read there before the stream has got so far."""
+    if tensor.device.type == "cuda" and device.type == "cpu":
+        return torch.empty_like(tensor, device=device, pin_memory=True).copy_(tensor, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")

@@ -10,22 +10,25 @@ What may change between two steps, and what it costs:
 - The values of weights, by an optimizer that writes in place: nothing. Packed weights are rewritten where they are.
 - The address of a weight or of a table (`Decoder.bindings`): every graph is recorded anew when it is next needed.
 - The memory of keys and values, which is given back after each rollout. The cache itself is kept, so only two addresses
-  can change, and the caching allocator mostly gives the same ones to the next rollout of the same size, once what
-  outlives a rollout (Adam's moments) has its place. Where it does not, or rows or capacity are others (a longer prompt,
-  an evaluation), the graphs are recorded anew.
+  can change, and the caching allocator should mostly give the same ones to the next rollout of that size, once what
+  outlives a rollout (Adam's moments) has its place. Where it does not, the graphs are recorded anew.
+- The number of rows that there are in all, or the capacity of each: the first rollout of a size records; a few sizes
+  are kept.
 
 Recording a bucket is one step without a graph, which is the step that was asked for, and the same calls once more
-without execution: in all perhaps three times a step without a graph, some ten milliseconds for 24 layers. A rollout of
-equally long answers meets four to eight buckets, one whose rows finish one by one some fifteen. Keeping the memory of
-keys and values for the next rollout would save that, and take it from the update.
+without execution: in all perhaps three times a step without a graph, some ten milliseconds for 24 layers (estimated).
+Answers of equal length, 256 after prompts of 256, meet four buckets, 32 answers that finish one by one some twelve, 256
+of them some twenty-five. To hold the memory of keys and values between rollouts would save even that, and would take
+it, some ten GiB, from the update.
 
 What stays between rollouts: the packed weights, the graphs, the memory that one step of the largest bucket works in,
-and [rows, V] logits.
+and [rows, V] logits for each size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -38,6 +41,8 @@ from threefold.inference.kv_cache import KVCache
 SMALLEST_ROWS = 4
 SMALLEST_REACH = 64
 """A multiple of `attention.MASK_ALIGNMENT`; a cache's capacity is rounded up to a multiple of it."""
+MOST_CACHES = 3
+"""A run has rollouts of two sizes, to learn from and to evaluate, and a longer prompt makes another."""
 ROOM_BYTES = 2 * 2**30
 """What should be free to the driver while a graph is recorded: far more than a step takes."""
 
@@ -108,20 +113,35 @@ def bucket(count: int, smallest: int) -> int:
     return -(-count // step) * step
 
 
+@dataclass
+class _Kept:
+    """A cache, and what was recorded on it.
+
+    Attributes:
+        is_lent: whether a rollout uses it, and its keys and values have memory.
+        graphs: by rows and reach.
+        made_for: all that they are valid for.
+        ids, logits: [R] and [R, V], what they read and write.
+    """
+
+    cache: KVCache
+    is_lent: bool = True
+    graphs: dict[tuple[int, int], Callable[[], None]] = field(default_factory=dict)
+    made_for: tuple[object, ...] = ()
+    ids: Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
 class GraphedDecoder:
     """A `Decoder` whose steps are recorded when first met and then repeated; a `TokenDecoder` for the scheduler.
 
-    One cache is kept, that of the last `new_cache`, and graphs of it alone; a step on another cache is not recorded.
-    The logits that `step` returns are overwritten by the next one.
+    A step on a cache that is not from `new_cache`, or that had to give way there, is computed without a graph. The
+    logits that `step` returns are overwritten by the next one.
     """
 
     def __init__(self, decoder: Decoder, recorder: Recorder) -> None:
         self._decoder, self._recorder = decoder, recorder
-        self._cache: KVCache | None = None
-        self._is_lent = False
-        self._ids = self._logits = torch.empty(0)
-        self._recorded: dict[tuple[int, int], Callable[[], None]] = {}
-        self._recorded_for: tuple[object, ...] = ()
+        self._kept: list[_Kept] = []  # the last used one last
 
     @property
     def device(self) -> torch.device:
@@ -138,21 +158,28 @@ class GraphedDecoder:
         return self._decoder.bytes_per_row(_whole(capacity))
 
     def new_cache(self, max_rows: int, capacity: int) -> KVCache:
-        """An empty cache with room for at least `capacity` positions; the kept one, if it fits and is not in use."""
-        cache, size = self._cache, (max_rows, _whole(capacity), self.device, self._decoder.dtype)
-        if cache is None or self._is_lent or (cache.max_rows, cache.capacity, cache.device, cache.dtype) != size:
-            self._start_over()  # before the new one is made: the graphs' memory may be of use to it
-            cache = self._cache = self._decoder.new_cache(max_rows, _whole(capacity))
+        """An empty cache with room for at least `capacity` positions, a kept one if one fits and is not in use."""
+        size = (max_rows, _whole(capacity), self.device, self._decoder.dtype)
+        for kept in self._kept:
+            cache = kept.cache
+            if not kept.is_lent and (cache.max_rows, cache.capacity, cache.device, cache.dtype) == size:
+                cache.restore()
+                kept.is_lent = True
+                self._kept.remove(kept)
+                break
         else:
-            cache.restore()
-        self._is_lent = True
-        return cache
+            kept = _Kept(self._decoder.new_cache(max_rows, _whole(capacity)))
+        self._kept.append(kept)
+        if len(self._kept) > MOST_CACHES:
+            self._drop_graphs(self._kept.pop(0))
+        return kept.cache
 
     def release(self) -> None:
         """Give the memory of keys and values back: the rollout is over."""
-        if self._cache is not None and self._is_lent:
-            self._cache.release()
-            self._is_lent = False
+        for kept in self._kept:
+            if kept.is_lent:
+                kept.cache.release()
+                kept.is_lent = False
 
     def prefill(self, ids: Tensor, lengths: Sequence[int], cache: KVCache, first_row: int) -> Tensor:
         """`Decoder.prefill`; prompts are long enough to keep a GPU busy without a graph."""
@@ -160,41 +187,41 @@ class GraphedDecoder:
 
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:
         """`Decoder.step`: [num_rows] ids to [num_rows, V] float32 logits, valid until the next step."""
-        if cache is not self._cache:
+        kept = next((kept for kept in self._kept if kept.cache is cache), None)
+        if kept is None:
             return self._decoder.step(ids, cache)
         cache.advance_host()
         num_rows = cache.num_rows
         rows = min(bucket(num_rows, SMALLEST_ROWS), cache.max_rows)
         reach = min(bucket(max(cache.lengths[:num_rows]), SMALLEST_REACH), cache.capacity)
-        self._check(cache)
-        self._ids[:num_rows].copy_(ids)
-        repeat = self._recorded.get((rows, reach))
-        if repeat is None:
-            self._recorded[rows, reach] = self._recorder.record(partial(self._compute, cache, rows, reach))
+        self._check(kept)
+        kept.ids[:num_rows].copy_(ids)
+        graph = kept.graphs.get((rows, reach))
+        if graph is None:
+            kept.graphs[rows, reach] = self._recorder.record(partial(self._compute, kept, rows, reach))
         else:
-            repeat()
-        return self._logits[:num_rows]
+            graph()
+        return kept.logits[:num_rows]
 
-    def _compute(self, cache: KVCache, rows: int, reach: int) -> None:
-        self._logits[:rows].copy_(self._decoder.device_step(self._ids[:rows], cache, rows, reach))
+    def _compute(self, kept: _Kept, rows: int, reach: int) -> None:
+        kept.logits[:rows].copy_(self._decoder.device_step(kept.ids[:rows], kept.cache, rows, reach))
 
-    def _check(self, cache: KVCache) -> None:
+    def _check(self, kept: _Kept) -> None:
         """Drop the graphs if they would read or write where nothing is any more, or compute in another precision."""
         kind = self.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        now = (cache, self._decoder.bindings, cache.addresses, precision)
-        if now != self._recorded_for:
-            self._start_over()
-            self._recorded_for = now
+        now = (self._decoder.bindings, kept.cache.addresses, precision)
+        if now != kept.made_for:
+            self._drop_graphs(kept)
+            kept.made_for = now
             with torch.inference_mode(False):  # written to in any mode
-                self._ids = torch.zeros(cache.max_rows, dtype=torch.int64, device=self.device)
-                self._logits = torch.empty(cache.max_rows, self._decoder.vocab_size, device=self.device)
+                kept.ids = torch.zeros(kept.cache.max_rows, dtype=torch.int64, device=self.device)
+                kept.logits = torch.empty(kept.cache.max_rows, self._decoder.vocab_size, device=self.device)
 
-    def _start_over(self) -> None:
-        self._recorded.clear()
-        self._recorder.forget()
-        self._recorded_for = ()
-        self._ids = self._logits = torch.empty(0)
+    def _drop_graphs(self, kept: _Kept) -> None:
+        kept.graphs.clear()
+        if not any(other.graphs for other in self._kept):
+            self._recorder.forget()
 
 
 def _whole(capacity: int) -> int:

@@ -19,7 +19,7 @@ from threefold.inference.decoder import make_decoder, why_not_covered
 from threefold.inference.fallback import FallbackDecoder
 from threefold.inference.sampling import draw_tokens, draw_uniforms
 from threefold.inference.scheduler import ContinuousBatch, Finished, NonFiniteLogits, TokenDecoder
-from threefold.machine.memory import free_bytes
+from threefold.machine.memory import free_bytes, return_freed_memory
 from threefold.models.forward import CausalForward
 from threefold.types import Rollout
 
@@ -74,7 +74,7 @@ def _check_room(limit: int | None, prompts: Sequence[Sequence[int]], max_new_tok
         if limit is not None and len(prompt) + max_new_tokens > limit:
             raise DataError(
                 f"prompt {index + 1} of the batch: a prompt of {len(prompt)} tokens leaves no room for an answer of "
-                f"{max_new_tokens} in a context of {limit}; lower the prompt's limit or sampling.max_new_tokens"
+                f"{max_new_tokens} in a context of {limit}; lower data.max_prompt_length or ppo.sampling.max_new_tokens"
             )
 
 
@@ -87,7 +87,11 @@ def num_slots(
         ConfigError: if the memory does not hold one.
     """
     one = decoder.bytes_per_row(longest_prompt + max_new_tokens)
+    wanted = min(num_answers, limits.max_rows or num_answers)
     free = limits.free_bytes or free_bytes(decoder.device)
+    if not limits.free_bytes and one * wanted > free * KV_SHARE_OF_FREE:
+        return_freed_memory(decoder.device)  # what this process has kept of earlier phases counts as taken until then
+        free = free_bytes(decoder.device)
     share = int(free * KV_SHARE_OF_FREE)
     room = min(limits.kv_bytes, share) if limits.kv_bytes else share
     if one > room:
@@ -96,9 +100,9 @@ def num_slots(
             f"generation.kv_memory_gib = {limits.kv_bytes / GIB:.3g}: a prompt of {longest_prompt} tokens and an "
             f"answer of {max_new_tokens} need {one / GIB:.3g} GiB for keys and values, and {room / GIB:.3g} GiB may be "
             f"used ({free / GIB:.3g} GiB are free); {remedy}, or lower data.max_prompt_length or "
-            "sampling.max_new_tokens"
+            "ppo.sampling.max_new_tokens"
         )
-    return min(num_answers, limits.max_rows or num_answers, room // max(one, 1))
+    return min(wanted, room // max(one, 1))
 
 
 @torch.no_grad()

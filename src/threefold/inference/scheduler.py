@@ -20,7 +20,7 @@ from torch import Tensor
 
 from threefold.config.recipe import SamplingSection
 from threefold.data.collate import pad_ragged
-from threefold.errors import TrainingError
+from threefold.errors import NonFiniteError
 from threefold.inference.sampling import draw_tokens
 
 SIMILAR_TOKENS = 16
@@ -66,7 +66,7 @@ class TokenDecoder(Protocol):
         """Append one token to each live row; float32 logits [num_rows, V] of what follows."""
 
 
-class NonFiniteLogits(TrainingError):  # noqa: N818 - what was found, not what was done wrong
+class NonFiniteLogits(NonFiniteError):  # noqa: N818 - what was found, not what was done wrong
     """A model gave logits from which nothing can be drawn: NaN or +inf among them.
 
     Attributes:

@@ -27,53 +27,61 @@ def _bounds(length: int) -> list[tuple[int, int]]:
 
 
 class _BlockedCausalAttention(torch.autograd.Function):
-    """softmax(scale * Q K^T + causal mask) V over [rows, T, Dh]."""
+    """softmax(scale * Q K^T + causal mask) V over [B, H, T, Dh] of any strides.
+
+    One sequence at a time: then the products read queries, keys and values where the projections have left them
+    ([B, T, H, Dh]), and write output and gradients where the next product expects them.
+    """
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        output = torch.empty_like(queries)
-        kept = []
+        batch, heads, length, width = queries.shape
+        output = queries.new_empty(batch, length, heads, width)
         future = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
-        for start, end in _bounds(queries.shape[1]):
-            scores = torch.bmm(queries[:, start:end] * scale, keys[:, :end].transpose(1, 2))
-            scores[:, :, start:end].add_(future[: end - start, : end - start])
-            probabilities = torch.softmax(scores, dim=-1)
-            output[:, start:end] = torch.bmm(probabilities, values[:, :end])
-            if any(ctx.needs_input_grad):
-                kept.append(probabilities)
+        scaled = queries if scale == 1.0 else queries * scale
+        kept = []
+        for row in range(batch):
+            for start, end in _bounds(length):
+                scores = torch.bmm(scaled[row, :, start:end], keys[row, :, :end].transpose(1, 2))
+                scores[:, :, start:end].add_(future[: end - start, : end - start])
+                probabilities = torch.softmax(scores, dim=-1)
+                output[row, start:end].transpose(0, 1).copy_(torch.bmm(probabilities, values[row, :, :end]))
+                if any(ctx.needs_input_grad):
+                    kept.append(probabilities)
         ctx.scale = scale
         ctx.save_for_backward(queries, keys, values, output, *kept)
-        return output
+        return output.transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, output, *kept = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_queries = torch.empty_like(queries)
+        grad = grad.transpose(1, 2)
+        grad_queries, grad_keys, grad_values = (torch.empty_like(output) for _ in range(3))
         # of softmax: dS = P * (dP - sum(dP * P)), and that sum is dO . O
         correction = (grad * output).sum(dim=-1, keepdim=True)
-        blocks = list(zip(_bounds(queries.shape[1]), kept, strict=True))
-        for (start, end), probabilities in reversed(blocks):
-            upstream = grad[:, start:end]
-            grad_scores = torch.bmm(upstream, values[:, :end].transpose(1, 2))
-            grad_scores.sub_(correction[:, start:end]).mul_(probabilities).mul_(ctx.scale)
-            grad_queries[:, start:end] = torch.bmm(grad_scores, keys[:, :end])
-            of_values = torch.bmm(probabilities.transpose(1, 2), upstream)
-            of_keys = torch.bmm(grad_scores.transpose(1, 2), queries[:, start:end])
-            if end == queries.shape[1]:  # the last block sees every key: the others add their shares to its
-                grad_keys, grad_values = of_keys, of_values
-            else:
-                grad_keys[:, :end].add_(of_keys)
-                grad_values[:, :end].add_(of_values)
-        return grad_queries, grad_keys, grad_values, None
+        bounds = _bounds(output.shape[1])
+        for row in range(len(output)):
+            blocks = zip(bounds, kept[row * len(bounds) : (row + 1) * len(bounds)], strict=True)
+            for (start, end), probabilities in reversed(list(blocks)):
+                upstream = grad[row, start:end].transpose(0, 1)
+                grad_scores = torch.bmm(upstream, values[row, :, :end].transpose(1, 2))
+                grad_scores.sub_(correction[row, start:end].transpose(0, 1)).mul_(probabilities).mul_(ctx.scale)
+                grad_queries[row, start:end].transpose(0, 1).copy_(torch.bmm(grad_scores, keys[row, :, :end]))
+                of_values = torch.bmm(probabilities.transpose(1, 2), upstream)
+                of_keys = torch.bmm(grad_scores.transpose(1, 2), queries[row, :, start:end])
+                if end == output.shape[1]:  # the last block sees every key: the others add their shares to its
+                    grad_keys[row].transpose(0, 1).copy_(of_keys)
+                    grad_values[row].transpose(0, 1).copy_(of_values)
+                else:
+                    grad_keys[row, :end].transpose(0, 1).add_(of_keys)
+                    grad_values[row, :end].transpose(0, 1).add_(of_values)
+        return grad_queries.transpose(1, 2), grad_keys.transpose(1, 2), grad_values.transpose(1, 2), None
 
 
 def blocked_causal_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Causal self-attention, [B, H, T, Dh] each; differentiable once."""
-    flat = (tensor.reshape(-1, *tensor.shape[2:]) for tensor in (queries, keys, values))
-    output = cast(Tensor, _BlockedCausalAttention.apply(*flat, scale))
-    return output.view_as(queries)
+    return cast(Tensor, _BlockedCausalAttention.apply(queries, keys, values, scale))
 
 
 def _attention(

@@ -69,7 +69,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    trained = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+    if trained and torch.is_grad_enabled():
         return cast(Tensor, _OneDNNLinear.apply(x, weight, bias))
     return _onednn(x, weight, bias)
 

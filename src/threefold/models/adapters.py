@@ -50,7 +50,7 @@ def add_lora(model: PreTrainedModel, section: LoRASection, seed: int, field: str
     if section.rank == 0:
         return
     assert not has_lora(model), "the model has adapters already"
-    targets = _targets(model, section, field)
+    targets = lora_targets(model, section, field)
     head = getattr(model, "score", None)
     config = LoraConfig(
         task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
@@ -158,7 +158,7 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
             yield name, module
 
 
-def _targets(model: PreTrainedModel, section: LoRASection, field: str) -> dict[str, nn.Module]:
+def lora_targets(model: PreTrainedModel, section: LoRASection, field: str) -> dict[str, nn.Module]:
     """The layers to adapt, by full name.
 
     A transformer's blocks are what its base model holds in lists; what stands beside the lists (projections of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from threefold.algo.logprobs import chunked_logprobs
+from threefold.algo.logprobs import Entropy, chunked_logprobs
 from threefold.models.loading import score_statistics
 
 
@@ -90,26 +90,26 @@ class CausalForward:
         return logits
 
     def target_logprobs(
-        self, input_ids: Tensor, target_mask: Tensor, temperature: float = 1.0, train_entropy: bool = False
+        self, input_ids: Tensor, target_mask: Tensor, temperature: float = 1.0, entropy: Entropy = "measured"
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of every target token and entropy of its distribution.
 
         Args:
             input_ids: [B, T], right-padded.
             target_mask: [B, T] bool; True where the token itself is a target. Position 0 has no predecessor and
-                cannot be one.
+                cannot be one. If it is on the CPU, the host need not wait for a GPU to know how many there are.
             temperature: of the softmax.
-            train_entropy: whether the entropies carry a gradient.
+            entropy: "trained" with a gradient, "measured" without, "none" gives zeros.
 
         Returns:
             two [M] float32 tensors, nats, row by row in the order of target_mask.nonzero().
         """
         if bool(target_mask[:, 0].any()):
             raise ValueError("the first token of a sequence is predicted from nothing and cannot be a target")
+        rows, columns = (_index_on(input_ids.device, i) for i in target_mask[:, 1:].nonzero(as_tuple=True))
         states = self._states(input_ids)
-        wanted = target_mask[:, 1:]
         return chunked_logprobs(
-            states[:, :-1][wanted], input_ids[:, 1:][wanted], self._head, temperature, train_entropy=train_entropy
+            states[rows, columns], input_ids[rows, columns + 1], self._head, temperature, entropy=entropy
         )
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
@@ -123,6 +123,13 @@ class CausalForward:
         """
         states = self._states(input_ids, attention_mask, position_ids, cache)
         return self._head(states[:, -1]).float()
+
+
+def _index_on(device: torch.device, index: Tensor) -> Tensor:
+    """An index on the device; the host does not wait for a GPU."""
+    if device.type == "cuda" and index.device.type == "cpu":
+        return index.pin_memory().to(device, non_blocking=True)
+    return index.to(device)
 
 
 def scalars_per_token(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

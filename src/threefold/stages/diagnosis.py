@@ -1,17 +1,18 @@
-"""What a run leaves behind when its weights are broken: where it happened, which weights, and the state itself."""
+"""What a run leaves behind when its numbers are broken: where it happened, which weights, and the state itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from threefold.checkpoint import write_json
-from threefold.data.prepare import PreparedPrompt
-from threefold.errors import TrainingError
-from threefold.inference.scheduler import NonFiniteLogits
+from threefold.errors import NonFiniteError
+
+SaveState = Callable[[Path], None]
 
 
 @torch.no_grad()
@@ -20,23 +21,43 @@ def weight_norms(model: PreTrainedModel) -> dict[str, float]:
     return {name: float(parameter.float().norm()) for name, parameter in model.named_parameters()}
 
 
-def diagnosed(
-    where: str, error: NonFiniteLogits, model: PreTrainedModel, prompts: Sequence[PreparedPrompt], saved: Path
-) -> TrainingError:
-    """The error to raise: the place, the first broken weight or else the largest norm, and where the state lies.
-
-    Writes weight_norms.json and prompts.json beside the weights that are in `saved` already.
-    """
-    norms = weight_norms(model)
+def describe_weights(model: PreTrainedModel, norms: dict[str, float]) -> str:
+    """The first weight that is not finite and how many are not, or else the weight of the largest norm."""
     broken = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
-    write_json(saved / "weight_norms.json", {name: str(norm) for name, norm in norms.items()})
-    write_json(saved / "prompts.json", [list(prompt.ids) for prompt in prompts])
     if broken:
-        verdict = f"{len(broken)} weights are not finite, the first is {broken[0]} (norm {norms[broken[0]]:g})"
-    else:
-        largest = max(norms, key=lambda name: norms[name])
-        verdict = f"all weights are finite, the largest norm is that of {largest} ({norms[largest]:g})"
-    return TrainingError(
-        f"{where}: {error}; {verdict}. The state is in {saved}; lower the learning rate, and start again from the last "
-        "finished step"
-    )
+        first = f"{broken[0]} (norm {norms[broken[0]]:g})"
+        return f"{len(broken)} weights of the actor are not finite, the first is {first}"
+    largest = max(norms, key=lambda name: norms[name])
+    return f"all weights of the actor are finite, the largest norm is that of {largest} ({norms[largest]:g})"
+
+
+@contextmanager
+def state_kept_if_broken(
+    where: Callable[[], str], actor: PreTrainedModel, directory: Callable[[], Path], save: SaveState
+) -> Iterator[None]:
+    """Where numbers stop being finite inside the block: save the models, name the place and the weight, and stop.
+
+    Args:
+        where: the place, for the message, as it is when it happens.
+        directory: a new directory for the state, likewise.
+        save: writes the models into it; weight_norms.json, of the actor, is written beside them.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        target, norms = directory(), weight_norms(actor)
+        save(target)
+        write_json(target / "weight_norms.json", {name: str(norm) for name, norm in norms.items()})
+        raise NonFiniteError(
+            f"{where()}: {error}; {describe_weights(actor, norms)}. The models are in {target}; lower the learning "
+            "rate and run the command again: finished steps are kept"
+        ) from error
+
+
+def unused(directory: Path) -> Path:
+    """The directory, or if it is there already, the first of NAME-2, NAME-3, … that is not."""
+    number, candidate = 1, directory
+    while candidate.exists():
+        number += 1
+        candidate = directory.with_name(f"{directory.name}-{number}")
+    return candidate

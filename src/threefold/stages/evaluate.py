@@ -106,7 +106,7 @@ def _answer(
     """Sample as step 3 does, every model from the same random numbers."""
     generator = torch.Generator(context.device).manual_seed(context.recipe.run.seed + 2)
     per_prompt = context.recipe.evaluate.answers_per_prompt
-    engine = HybridEngine(forward, context.recipe.generation, context.device, context.dtype, context.log.note)
+    engine = HybridEngine(forward, context.recipe.generation, context.device, context.dtype, lambda _: None)
     rollouts = engine.generate(
         [prompt.ids for prompt in prompts[::per_prompt]],
         context.recipe.ppo.sampling,

@@ -67,5 +67,5 @@ class PretrainingText:
 
 def _loss_sum(forward: CausalForward, sequences: Sequence[TokenSequence], pad_id: int, device: torch.device) -> Tensor:
     batch = collate_sequences(sequences, pad_id).to(device)
-    logprobs, _ = forward.target_logprobs(batch.input_ids, batch.target_mask)
+    logprobs, _ = forward.target_logprobs(batch.input_ids, batch.target_mask, entropy="none")
     return lm_loss_sum(logprobs, torch.ones_like(logprobs, dtype=torch.bool))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,7 +23,6 @@ from threefold.engine.hybrid import HybridEngine
 from threefold.engine.phases import PhaseMeter
 from threefold.engine.train import MicroBatching, TrainEngine, micro_batching
 from threefold.errors import ConfigError
-from threefold.inference.scheduler import NonFiniteLogits
 from threefold.models.adapters import add_lora
 from threefold.models.forward import CausalForward
 from threefold.models.loading import (
@@ -34,8 +34,9 @@ from threefold.models.loading import (
     set_score_statistics,
 )
 from threefold.stages.context import StageContext
-from threefold.stages.diagnosis import diagnosed
+from threefold.stages.diagnosis import state_kept_if_broken, unused
 from threefold.stages.mixture import PretrainingText
+from threefold.stages.overlap import ScoringBeside
 from threefold.stages.ppo_update import CriticPass, Learners, critic_pass_of, update
 from threefold.stages.rollout import Reference, RewardScorer, ScoredBatch, Scorers, make_experience
 from threefold.types import Rollout
@@ -56,12 +57,27 @@ class Setup:
     text: PretrainingText | None
     num_iterations: int
     sampler: torch.Generator
+    scoring_stream: torch.cuda.Stream | None
 
 
 def run(context: StageContext) -> dict[str, float]:
     """Fill `context.output` with actor/, actor_ema/ and critic/; return what changed on held-out prompts."""
-    settings = context.recipe.ppo
     setup = _set_up(context)
+    learners = setup.learners
+    with state_kept_if_broken(
+        lambda: f"step 3, ppo, after {learners.actor.num_steps} optimizer steps of the actor",
+        learners.actor_forward.model,
+        lambda: unused(context.output.parent / "failed" / f"ppo-{learners.actor.num_steps}-steps"),
+        lambda directory: _save(setup, directory),
+    ):
+        result = _train(context, setup)
+    _save(setup, context.output)
+    return result
+
+
+def _train(context: StageContext, setup: Setup) -> dict[str, float]:
+    """All iterations; each phase is a line."""
+    settings = context.recipe.ppo
     batches = prompt_batches(setup.prompts, settings, context.recipe.run.seed)
     kl_coef = settings.kl_coef
     before = evaluate(context, setup)
@@ -69,13 +85,16 @@ def run(context: StageContext) -> dict[str, float]:
     after = before
     with context.log.progress("ppo   ", setup.num_iterations) as bar:
         for iteration in range(setup.num_iterations):
-            meter = PhaseMeter(context.device)
+            meter = PhaseMeter(context.device, exact=iteration == 0)
             prompts = next(batches)
+            beside = _scoring_beside(setup, prompts, settings)
             with meter.phase("generate"):
-                rollouts = _sample_or_explain(context, setup, prompts, iteration)
+                finished = beside.add if beside else None
+                rollouts = sample(context, setup, prompts, settings.answers_per_prompt, on_finished=finished)
             with meter.phase("score"):
                 critic_pass = critic_pass_of(setup.learners, settings)
-                batch = make_experience(prompts, rollouts, setup.scorers, settings, kl_coef, critic_pass)
+                judgement = beside.finish(rollouts) if beside else None
+                batch = make_experience(prompts, rollouts, setup.scorers, settings, kl_coef, critic_pass, judgement)
             with meter.phase("update"):
                 losses = _update(context, setup, batch, iteration, critic_pass)
             metrics = _metrics(batch, rollouts, kl_coef) | losses | _speed(meter, rollouts)
@@ -89,7 +108,6 @@ def run(context: StageContext) -> dict[str, float]:
             if last or (settings.eval_every and (iteration + 1) % settings.eval_every == 0):
                 after = evaluate(context, setup)
                 context.log.log(iteration + 1, after)
-    _save(context, setup)
     return {
         **after,
         **{f"initial/{name}": value for name, value in before.items()},
@@ -115,8 +133,12 @@ def sample(
     prompts: list[PreparedPrompt],
     answers_per_prompt: int = 1,
     sampler: torch.Generator | None = None,
+    on_finished: Callable[[int, Rollout], None] | None = None,
 ) -> list[Rollout]:
-    """One answer to each prompt, from the weights as they are now; `prompts` has each one answers_per_prompt times."""
+    """One answer to each prompt, from the weights as they are now; `prompts` has each one answers_per_prompt times.
+
+    `on_finished` is told of each answer, with its place, as soon as it is finished.
+    """
     return setup.hybrid.generate(
         [prompt.ids for prompt in prompts[::answers_per_prompt]],
         context.recipe.ppo.sampling,
@@ -124,20 +146,14 @@ def sample(
         sampler or setup.sampler,
         policy_version=setup.learners.actor.num_steps,
         answers_per_prompt=answers_per_prompt,
+        on_finished=on_finished,
     )
 
 
-def _sample_or_explain(
-    context: StageContext, setup: Setup, prompts: list[PreparedPrompt], iteration: int
-) -> list[Rollout]:
-    try:
-        return sample(context, setup, prompts, context.recipe.ppo.answers_per_prompt)
-    except NonFiniteLogits as error:
-        actor = setup.learners.actor_forward.model
-        saved = context.output.parent / "failed" / f"ppo-iteration-{iteration + 1}"
-        save_model(actor, setup.chat.tokenizer, saved / "actor", setup.chat.stop_ids, setup.chat.pad_id)
-        save_model(setup.learners.critic_model, setup.chat.tokenizer, saved / "critic", pad_id=setup.chat.pad_id)
-        raise diagnosed(f"step 3, ppo, iteration {iteration + 1}", error, actor, prompts, saved) from error
+def _scoring_beside(setup: Setup, prompts: list[PreparedPrompt], settings: PPOSection) -> ScoringBeside | None:
+    if setup.scoring_stream is None:
+        return None
+    return ScoringBeside(setup.scorers, prompts, settings.sampling.temperature, setup.scoring_stream)
 
 
 def evaluate(context: StageContext, setup: Setup) -> dict[str, float]:
@@ -210,7 +226,16 @@ def _set_up(context: StageContext) -> Setup:
     hybrid = HybridEngine(actor_forward, recipe.generation, *where, context.log.note, offloaded)
     scorers = Scorers(reference, critic, scorer, chat.pad_id, *where, passes)
     sampler = torch.Generator(context.device).manual_seed(recipe.run.seed)
-    return Setup(chat, learners, hybrid, scorers, prompts, eval_prompts, text, num_iterations, sampler)
+    stream = _scoring_stream(context, reference)
+    return Setup(chat, learners, hybrid, scorers, prompts, eval_prompts, text, num_iterations, sampler, stream)
+
+
+def _scoring_stream(context: StageContext, reference: Reference) -> torch.cuda.Stream | None:
+    """Where finished answers are scored while others are decoded; None where they are not."""
+    wanted = context.recipe.generation.overlap_scoring == "auto"
+    if not wanted or context.device.type != "cuda" or reference.is_actor:
+        return None
+    return torch.cuda.Stream(context.device)
 
 
 def _prompts(context: StageContext, chat: ChatFormat) -> tuple[list[PreparedPrompt], list[PreparedPrompt]]:
@@ -315,12 +340,12 @@ def _speed(meter: PhaseMeter, rollouts: list[Rollout]) -> dict[str, float]:
     return {**meter.metrics(), "perf/tokens_per_s": tokens / sum(meter.seconds.values())}
 
 
-def _save(context: StageContext, setup: Setup) -> None:
+def _save(setup: Setup, directory: Path) -> None:
     chat, learners = setup.chat, setup.learners
     actor, ema = learners.actor_forward.model, learners.actor.ema
 
     def save(name: str, model: PreTrainedModel) -> None:
-        save_model(model, chat.tokenizer, context.output / name, chat.stop_ids, chat.pad_id)
+        save_model(model, chat.tokenizer, directory / name, chat.stop_ids, chat.pad_id)
 
     save("actor", actor)
     save("critic", learners.critic_model)

@@ -54,6 +54,12 @@ class UpdateStatistics:
         for name, value in sums.items():
             self._sums[name] += float(value)
 
+    def add_first(self, logprob_difference: float, ratio_error: float) -> None:
+        """Of a pass before the first update; NaN counts as infinite, since max() would pass it over."""
+        worst = [math.inf if math.isnan(value) else value for value in (logprob_difference, ratio_error)]
+        self.max_logprob_difference = max(self.max_logprob_difference, worst[0])
+        self.max_ratio_error = max(self.max_ratio_error, worst[1])
+
     def mean(self, name: str) -> float:
         return self._sums[name] / max(self._num_tokens, 1)
 
@@ -80,7 +86,7 @@ class CriticPass:
 
     Then the values that the advantages need and those that the loss differentiates are of the same weights. The returns
     of a sequence depend on its own values and rewards alone (whitening concerns the advantages), so the loss of each
-    pass is complete as soon as its values are there: one forward pass of the critic in three is saved.
+    pass is complete as soon as its values are there: the critic runs forward once instead of twice.
 
     Attributes:
         loss, num_tokens: what `update` reports: the loss, summed, and the tokens that it is over.
@@ -168,7 +174,7 @@ def update(
             )
             if first:
                 _check_parity(statistics.max_logprob_difference, parity_bound, iteration)
-            if settings.target_kl and approx_kl > settings.target_kl:
+            if settings.target_kl and not approx_kl <= settings.target_kl:
                 stopped_early = True
                 break
             if train_actor:
@@ -224,14 +230,15 @@ def _accumulate(
         def actor_loss(batch: ExperienceBatch = batch) -> Tensor:
             nonlocal approx_kl
             logprobs, entropy = learners.actor_forward.target_logprobs(
-                batch.input_ids, batch.target_mask, settings.sampling.temperature, settings.entropy_coef > 0
+                batch.input_ids,
+                batch.target_mask,
+                settings.sampling.temperature,
+                entropy="trained" if settings.entropy_coef else "measured",
             )
             old, real = batch.old_logprobs[batch.response_mask], torch.ones_like(logprobs, dtype=torch.bool)
             result = policy_loss(logprobs, old, batch.advantages[batch.response_mask], real, settings.clip_range)
             if first:
-                difference = float((logprobs.detach() - old).abs().max())
-                statistics.max_logprob_difference = max(statistics.max_logprob_difference, difference)
-                statistics.max_ratio_error = max(statistics.max_ratio_error, float(result.largest_ratio_error))
+                statistics.add_first(float((logprobs.detach() - old).abs().max()), float(result.largest_ratio_error))
             approx_kl += float(result.approx_kl) / num_tokens
             statistics.add(
                 len(old),

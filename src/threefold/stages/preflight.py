@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from threefold.data.chat import ChatFormat
 from threefold.data.prepare import load_examples, ppo_prompts, reward_pairs, sft_sequences
 from threefold.data.split import STEPS
 from threefold.data.text import read_documents, split_documents
+from threefold.engine.train import check_checkpointing
 from threefold.errors import ConfigError
+from threefold.models.adapters import lora_targets
 from threefold.models.loading import config_context_length, load_config
 from threefold.stages.context import EMBEDDED, StageContext
 from threefold.stages.rollout import check_same_tokens
@@ -46,6 +51,7 @@ def check(context: StageContext, steps: Collection[str]) -> None:
     if actor is not None and reward is not None and "ppo" in steps:
         check_same_tokens(reward, actor, recipe.model.retokenise_for_reward)
     _check_lengths(context, steps)
+    _check_training_options(context, steps)
     data = recipe.data
     if actor is not None and "sft" in steps:
         for part in (shares["sft"].train, shares["sft"].eval):
@@ -59,6 +65,28 @@ def check(context: StageContext, steps: Collection[str]) -> None:
             ppo_prompts(part, actor, data.max_prompt_length, data.long_rows)
     if recipe.ppo.mixture.source and "ppo" in steps:
         split_documents(read_documents(recipe.ppo.mixture.source), recipe.ppo.mixture.eval_documents)
+
+
+def _check_training_options(context: StageContext, steps: Collection[str]) -> None:
+    """Adapters and gradient checkpointing against the models' classes, built without weights."""
+    recipe = context.recipe
+    judge = recipe.model.reward or recipe.model.actor
+    sections = (
+        ("sft", recipe.model.actor, AutoModelForCausalLM, "sft.lora", recipe.sft.lora),
+        ("reward", judge, AutoModelForSequenceClassification, "reward.lora", recipe.reward.lora),
+        ("ppo", recipe.model.actor, AutoModelForCausalLM, "ppo.actor_lora", recipe.ppo.actor_lora),
+        ("ppo", judge, AutoModelForSequenceClassification, "ppo.critic_lora", recipe.ppo.critic_lora),
+    )
+    for step, source, auto_class, field, section in sections:
+        checkpointing = step == "ppo" and recipe.ppo.gradient_checkpointing
+        if source == EMBEDDED or step not in steps or not (section.rank or checkpointing):
+            continue
+        with torch.device("meta"):
+            model = auto_class.from_config(load_config(source))
+        if section.rank:
+            lora_targets(model, section, field)
+        if checkpointing:
+            check_checkpointing(model)
 
 
 def _check_lengths(context: StageContext, steps: Collection[str]) -> None:

@@ -74,14 +74,23 @@ class RewardScorer:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[tuple[Message, ...]], rollouts: Sequence[Rollout]) -> Tensor:
         """Scores [B] float32 on the CPU of `rollouts`, answers to the conversations `prompts`."""
-        self.model.eval()
-        sequences = [self._sequence(messages, rollout) for messages, rollout in zip(prompts, rollouts, strict=True)]
+        sequences = self.sequences(prompts, rollouts)
         scores = torch.empty(len(sequences))
         for rows in self._passes.cut([len(sequence) for sequence in sequences]):
-            batch = collate_sequences([sequences[row] for row in rows], self._chat.pad_id).to(self._device)
-            with precision(self._device, self._dtype):
-                scores[rows] = answer_scores(self.model, batch.input_ids, batch.lengths).cpu()
+            scores[rows] = self.one_pass([sequences[row] for row in rows]).cpu()
         return scores
+
+    def sequences(self, prompts: Sequence[tuple[Message, ...]], rollouts: Sequence[Rollout]) -> list[TokenSequence]:
+        """What the reward model reads of each answer."""
+        return [self._sequence(messages, rollout) for messages, rollout in zip(prompts, rollouts, strict=True)]
+
+    @torch.no_grad()
+    def one_pass(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Scores [B] float32 of `sequences` by one forward pass, on the device."""
+        self.model.eval()
+        batch = collate_sequences(sequences, self._chat.pad_id).to(self._device)
+        with precision(self._device, self._dtype):
+            return answer_scores(self.model, batch.input_ids, batch.lengths)
 
     def _sequence(self, messages: tuple[Message, ...], rollout: Rollout) -> TokenSequence:
         prompt: tuple[int, ...] = tuple(rollout.prompt_ids.tolist())
@@ -110,7 +119,7 @@ class Reference:
     def logprobs(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """Log-probability of every response token, flat: [M], row by row."""
         with adapters_off(self.forward.model) if self.is_actor else nullcontext():
-            return response_logprobs(self.forward, batch, temperature)[0]
+            return self.forward.target_logprobs(batch.input_ids, batch.target_mask, temperature, entropy="none")[0]
 
 
 @dataclass(frozen=True)
@@ -124,11 +133,6 @@ class Scorers:
     device: torch.device
     dtype: torch.dtype
     passes: MicroBatching
-
-
-def response_logprobs(forward: CausalForward, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every response token of a padded batch, flat: [M] each, row by row."""
-    return forward.target_logprobs(batch.input_ids, batch.target_mask, temperature)
 
 
 @torch.no_grad()
@@ -146,6 +150,27 @@ def per_rollout(
         for row, piece in zip(rows, flat.split([len(rollout.response_ids) for rollout in part]), strict=True):
             pieces[row] = piece
     return pieces
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the frozen models say of rollouts, on the CPU.
+
+    Attributes:
+        ref_logprobs: per rollout [R] float32, nats, under the reference.
+        scores: [B] float32, the reward model's own units.
+    """
+
+    ref_logprobs: list[Tensor]
+    scores: Tensor
+
+
+def judge(
+    prompts: Sequence[PreparedPrompt], rollouts: Sequence[Rollout], scorers: Scorers, temperature: float
+) -> Judgement:
+    """Pass rollouts, answers to `prompts`, through reference and reward model."""
+    ref_logprobs = per_rollout(rollouts, scorers, lambda b: scorers.reference.logprobs(b, temperature))
+    return Judgement(ref_logprobs, scorers.reward([prompt.prompt.messages for prompt in prompts], rollouts))
 
 
 @dataclass(frozen=True)
@@ -181,16 +206,17 @@ def make_experience(
     settings: PPOSection,
     kl_coef: float,
     value_pass: ValuePass | None = None,
+    judgement: Judgement | None = None,
 ) -> ScoredBatch:
     """Score rollouts and estimate advantages: everything that the update needs, computed once.
 
     Args:
         value_pass: gives the critic's values, and does with its forward pass whatever else there is to do; None only
             reads the values.
+        judgement: of these rollouts, where it is known already.
     """
-    temperature = settings.sampling.temperature
-    ref_logprobs = per_rollout(rollouts, scorers, lambda b: scorers.reference.logprobs(b, temperature))
-    scores = scorers.reward([prompt.prompt.messages for prompt in prompts], rollouts)
+    judgement = judgement or judge(prompts, rollouts, scorers, settings.sampling.temperature)
+    ref_logprobs, scores = judgement.ref_logprobs, judgement.scores
 
     padded_logprobs, mask = pad_ragged([rollout.logprobs for rollout in rollouts])
     padded_ref, _ = pad_ragged(ref_logprobs)

@@ -41,7 +41,7 @@ def run(context: StageContext) -> dict[str, float]:
 
     def loss_sum(sequences: Sequence[TokenSequence]) -> Tensor:
         batch = collate_sequences(sequences, chat.pad_id).to(context.device)
-        logprobs, _ = forward.target_logprobs(batch.input_ids, batch.target_mask)
+        logprobs, _ = forward.target_logprobs(batch.input_ids, batch.target_mask, entropy="none")
         return lm_loss_sum(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
 
     @torch.no_grad()
