@@ -61,13 +61,14 @@ def all_met(results: dict[str, Any]) -> bool:
 
 
 def others_share(results: dict[str, Any]) -> float | None:
-    """The largest, over contestants, of the median share of the machine that other processes had during its measured
-    turns; None if a turn of the run lacks it."""
+    """The largest, over contestants of A and B and points of D, of the median share of the machine that other processes
+    had during the measured turns; None if it was not recorded."""
     turns = [
         [answer.get("others_share") for answer in contestant["iterations"]]
         for part in results["parts"].values()
         for contestant in part.get("contestants", {}).values()
     ]
+    turns += [[point.get("others_share")] for part in results["parts"].values() for point in part.get("points", [])]
     if any(share is None for shares in turns for share in shares):
         return None
     return max((median(shares) for shares in turns), default=0.0)
@@ -194,7 +195,7 @@ def markdown(results: dict[str, Any]) -> str:
     if shares is not None:
         left_out = sum(part.get("rounds_left_out", 0) for part in parts.values())
         said = f", {left_out} rounds in which they had more than {DISTURBED:.0%} left out" if left_out else ""
-        lines += [f"Other processes had {shares:.0%} of the machine in the worst contestant's median turn{said}.", ""]
+        lines += [f"Other processes had {shares:.0%} of the machine at the most disturbed place of the run{said}.", ""]
     if is_disturbed(results):
         lines += [f"**Disturbed: more than {DISTURBED:.0%}, or not recorded. Ratios of this run say little.**", ""]
     if any(part["small"] for part in parts.values()):

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.models.families_under_test import ragged_ids, tiny_causal_lm
-from threefold.config.recipe import GenerationSection, OptimizerSection, SamplingSection
+from threefold.config.recipe import GenerationSection, LoRASection, OptimizerSection, SamplingSection
 from threefold.engine.hybrid import HybridEngine
 from threefold.engine.phases import PhaseMeter
 from threefold.engine.train import TrainEngine
 from threefold.errors import ConfigError
 from threefold.inference.decoder import Decoder
 from threefold.machine.memory import keep_freed_memory, resident_bytes, return_freed_memory
+from threefold.models.adapters import add_lora
 from threefold.models.forward import CausalForward
 from threefold.models.loading import set_dropout, use_fast_kernels
 from threefold.types import Rollout
@@ -54,10 +55,15 @@ def train_step(engine: TrainEngine) -> None:
 
 
 @pytest.mark.parametrize("settings", [PACKED, PLAIN], ids=["packed", "plain"])
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
-def test_parameters_are_bit_identical_after_a_thousand_switches(family: str, settings: GenerationSection) -> None:
+@pytest.mark.parametrize(("family", "rank"), [("opt", 0), ("llama", 0), ("gpt2", 0), ("gemma2", 0), ("llama", 4)])
+def test_parameters_are_bit_identical_after_a_thousand_switches(
+    family: str, rank: int, settings: GenerationSection
+) -> None:
+    """With adapters, too, and where the model's own forward decodes (gemma2)."""
     model = tiny_causal_lm(family)
+    add_lora(model, LoRASection(rank=rank), 0, "a test")
     before, addresses = weights(model), {name: p.data_ptr() for name, p in model.named_parameters()}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
     engine = engine_of(model, settings)
     for switch in range(1000):
         with engine.generating(3):
@@ -67,7 +73,7 @@ def test_parameters_are_bit_identical_after_a_thousand_switches(family: str, set
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.data_ptr() == addresses[name]
-        assert parameter.requires_grad
+        assert parameter.requires_grad == trained[name]
 
 
 @pytest.mark.parametrize("settings", [PACKED, PLAIN], ids=["packed", "plain"])

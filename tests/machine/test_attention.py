@@ -49,3 +49,13 @@ def test_a_model_computes_the_same_with_and_without_blocks(family: str) -> None:
     for mine, reference in zip(blocked.parameters(), plain.parameters(), strict=True):
         if reference.grad is not None:
             assert float((mine.grad - reference.grad).norm() / norm) < 1e-5
+
+
+def test_under_autocast_a_model_trains_as_without_blocks() -> None:
+    """Rotary positions leave queries and keys float32, and autocast would make the products bfloat16."""
+    model = tiny_causal_lm("llama", max_position_embeddings=256)
+    route_attention(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.tensor(ragged_ids(0, [LENGTH]))).logits.float().square().mean()
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)

@@ -387,8 +387,8 @@ class GenerationSection(Section):
     """At most this many answers decoded together, the others wait for a place; 0 means as many as the memory for keys
     and values holds, and 64 at most on a CPU."""
     kv_memory_gib: NonNegativeFloat = 0.0
-    """Ceiling of the memory for keys and values, GiB; 0 means four fifths of what is measured free. Given back after
-    every phase of generation."""
+    """Ceiling of the memory for keys and values, GiB; 0 means four fifths of what is measured free. After every phase
+    of generation it is free for the next phase."""
     packed_weights: Literal["auto", "never"] = "auto"
     """auto keeps a second copy of the matrices: on a CPU, while generating, in the layout that its kernel reads best;
     on a GPU in run.dtype, between phases too if cuda_graphs are in use. never reads the training weights themselves,

@@ -102,6 +102,7 @@ def _attention(
         and attention_mask is None
         and dropout == 0.0
         and query.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")  # it would change types inside the forward pass, not in the backward
         and query.device.type == "cpu"
         and query.shape[2] == key.shape[2]
         and SHORTEST <= query.shape[2] <= LONGEST
