@@ -1,10 +1,12 @@
 """The arithmetic that scoring and updating one batch of answers needs, counted from OPT shapes.
 
-Counted is what PPO needs, once each: only real tokens, and of those only positions whose output is used (the last token
-of an answer predicts nothing, so actor, reference and critic need P + R - 1 positions, and the reward model all P + R);
-causal attention over what a position sees, which is half of the full square; the output head at the R positions that
-predict an answer's tokens. A backward pass is two forwards. Not counted, though somebody must do it: softmax, norms,
-element-wise work, the loss, AdamW, and anything computed twice. A product of [m, k] and [k, n] is 2 m k n FLOP.
+Counted is what PPO with one optimizer step a batch needs, once each: only real tokens, and of those only positions
+with an output that is used (the last token of an answer predicts nothing, so actor, reference and critic need P + R -
+1 positions, and the reward model all P + R); causal attention over what a position sees, which is half of the full
+square; the output head at the R positions that predict an answer's tokens. A backward pass is two forwards. The
+critic's forward pass of the update gives the values that scoring needs, too, so it counts once, in the update. Not
+counted, though somebody must do it: softmax, norms, element-wise work, the loss, AdamW, and anything computed twice.
+A product of [m, k] and [k, n] is 2 m k n FLOP.
 
 By hand, one layer of width 2 with 1 head, ffn 3, vocabulary 5, P = 2, R = 2 (tests/benchmarks/test_flops.py):
     weights of a layer  4 * 2*2 + 2 * 2*3          = 28
@@ -13,7 +15,7 @@ By hand, one layer of width 2 with 1 head, ffn 3, vocabulary 5, P = 2, R = 2 (te
                         head at 2 positions: 2 * 2*2*5  = 40     256
     critic              168 + 48, score at 2: 2 * 2*2   = 8      224
     reward              4 positions: 4 * 2*28 = 224, 10 pairs: 80, score at 1: 4      308
-    scoring             256 + 224 + 308                          788
+    scoring             256 + 308                                564
     update              3 * 256 + 3 * 224                        1440
 """
 
@@ -48,14 +50,9 @@ class OPTShape:
 
 
 def scoring_flop(actor: OPTShape, scorer: OPTShape, lengths: Iterable[tuple[int, int]]) -> int:
-    """FLOP of reference log-probs, values and scores of sequences with (prompt, answer) lengths (P, R)."""
+    """FLOP of reference log-probs and scores of sequences with (prompt, answer) lengths (P, R)."""
     return sum(
-        actor.layers(prompt + answer - 1)
-        + actor.head(answer)
-        + scorer.layers(prompt + answer - 1)
-        + scorer.score(answer)
-        + scorer.layers(prompt + answer)
-        + scorer.score(1)
+        actor.layers(prompt + answer - 1) + actor.head(answer) + scorer.layers(prompt + answer) + scorer.score(1)
         for prompt, answer in lengths
     )
 

@@ -114,6 +114,8 @@ def test_one_layer_by_hand() -> None:
     actor, critic = ModelCost(28, 0, 10, True, 2), ModelCost(28, 0, 2, True, 2)
     flop = iteration_flop([(2, [2])], actor, actor, critic)
     assert flop == IterationFlop(generate=156 + 100, score=256 + 224 + 308, update=3 * 256 + 3 * 224)
+    together = iteration_flop([(2, [2])], actor, actor, critic, one_critic_pass=True)
+    assert together == IterationFlop(generate=156 + 100, score=256 + 308 + 3 * 224, update=3 * 256)
 
 
 def test_shared_prompts_are_read_once() -> None:

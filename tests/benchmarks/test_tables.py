@@ -44,6 +44,7 @@ def results():
             "axis": "length",
             "batch": 2,
             "length": 4 * 2**k,
+            "others_share": 0.0,
             "seconds": {"threefold": [8.0 * 2**k], "transformers": [16.0]},
         }
         for k in range(3)

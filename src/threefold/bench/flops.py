@@ -100,20 +100,31 @@ Lengths = Sequence[tuple[int, Sequence[int]]]
 """Of each prompt: its tokens, and those of each of its answers."""
 
 
-def iteration_flop(lengths: Lengths, actor: ModelCost, reference: ModelCost, critic: ModelCost) -> IterationFlop:
+def iteration_flop(
+    lengths: Lengths, actor: ModelCost, reference: ModelCost, critic: ModelCost, one_critic_pass: bool = False
+) -> IterationFlop:
     """FLOP of generating `lengths`, of scoring them (reference, critic, and a reward model of the critic's shape) and
     of one training pass over actor and critic.
 
     Log-probs and values of an answer's tokens follow from the tokens before them, so the last is not read for them; the
     reward follows from all.
+
+    Args:
+        one_critic_pass: the critic's training pass happens while scoring and gives the values, too (CriticPass in
+            stages/ppo_update.py), so its forward counts once.
     """
     whole = [(prompt, answer) for prompt, answers in lengths for answer in answers]
     tokens = sum(prompt + answer for prompt, answer in whole)
     pairs = sum(causal_pairs(prompt + answer) for prompt, answer in whole)
     answer_tokens = sum(answer for _, answer in whole)
     work = (tokens - len(whole), pairs - tokens, answer_tokens)  # the last token of T sees T keys
-    score = reference.forward(*work) + critic.forward(*work) + critic.forward(tokens, pairs, len(whole))
-    update = actor.forward_and_backward(*work) + critic.forward_and_backward(*work)
+    score = reference.forward(*work) + critic.forward(tokens, pairs, len(whole))
+    update = actor.forward_and_backward(*work)
+    if one_critic_pass:
+        score += critic.forward_and_backward(*work)
+    else:
+        score += critic.forward(*work)
+        update += critic.forward_and_backward(*work)
     return IterationFlop(generate=_generation_flop(lengths, actor), score=score, update=update)
 
 

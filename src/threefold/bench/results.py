@@ -47,6 +47,7 @@ class Counted:
         key_value_bytes_per_token: of the actor's cache.
         bytes_per_number: of the type of the products.
         flop_per_second, bytes_per_second: the machine's measured rates.
+        one_critic_pass: the critic trains while scoring, as it does where an iteration has one optimizer step.
     """
 
     actor: ModelCost
@@ -61,6 +62,7 @@ class Counted:
     bytes_per_number: int
     flop_per_second: float
     bytes_per_second: float
+    one_critic_pass: bool = False
 
 
 def iteration_metrics(measured: Measurement, counted: Counted) -> dict[str, float]:
@@ -71,7 +73,7 @@ def iteration_metrics(measured: Measurement, counted: Counted) -> dict[str, floa
     """
     sequences = [(prompt, answer) for prompt, answers in measured.lengths for answer in answers]
     tokens, answer_tokens = sum(map(sum, sequences)), sum(answer for _, answer in sequences)
-    flop = iteration_flop(measured.lengths, counted.actor, counted.reference, counted.critic)
+    flop = iteration_flop(measured.lengths, counted.actor, counted.reference, counted.critic, counted.one_critic_pass)
     seconds = measured.seconds
     total = sum(seconds[phase] for phase in PHASES)
     learning = flop.score + flop.update, seconds["score"] + seconds["update"]
@@ -117,6 +119,9 @@ def _decode_metrics(sequences: Sequence[tuple[int, int]], measured: Measurement,
 
 
 def _deepspeed_chat(sequences: Sequence[tuple[int, int]], measured: Measurement, counted: Counted) -> dict[str, float]:
+    """By its formulas, whose training time leaves out scoring; where the critic trains while scoring, all of that
+    counts as training."""
+    training = measured.seconds["update"] + (measured.seconds["score"] if counted.one_critic_pass else 0.0)
     report = step3_report(
         counted.actor_sizes,
         counted.critic_sizes,
@@ -124,7 +129,7 @@ def _deepspeed_chat(sequences: Sequence[tuple[int, int]], measured: Measurement,
         counted.longest_prompt,
         counted.longest_answer,
         generation_seconds=measured.seconds["generate"],
-        training_seconds=measured.seconds["update"],
+        training_seconds=training,
         bytes_per_parameter=counted.bytes_per_number,
     )
     return {DEEPSPEED_CHAT + name: value for name, value in asdict(report).items()}

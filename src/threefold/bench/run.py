@@ -156,6 +156,7 @@ def _count(plan: Plan, flop_rate: MeasuredRate, byte_rate: MeasuredRate) -> Coun
         bytes_per_number=bytes_per_number,
         flop_per_second=flop_rate.best,
         bytes_per_second=byte_rate.best,
+        one_critic_pass=plan.options.minibatches == 1,
     )
 
 
