@@ -154,7 +154,8 @@ def generate(
     Args:
         prompts: token ids, ragged.
         stop_ids: an answer ends with the first of these, which is part of it.
-        generator: source of randomness. All of it is drawn at once, so `limits` changes no answer, and n prompts with
+        generator: source of randomness. All of it is drawn at once, so `limits` changes no answer
+            but by rounding, and n prompts with
             m answers each are answered as n * m prompts that repeat would be.
         policy_version: recorded in the rollouts.
         answers_per_prompt: they share the prompt's prefill.
