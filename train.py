@@ -6,7 +6,7 @@ try:
     from threefold.interrupt import heard_early, heard_normally  # first: the other imports take seconds
 
     heard_early()
-    from threefold.cli import TRAINING_INTERRUPTED, run_guarded
+    from threefold.cli import run_training
     from threefold.compat.deepspeed_chat import train
 except ModuleNotFoundError as error:
     if error.name != "threefold":
@@ -15,4 +15,4 @@ except ModuleNotFoundError as error:
 
 if __name__ == "__main__":
     heard_normally()
-    sys.exit(run_guarded(train, sys.argv[1:], TRAINING_INTERRUPTED))
+    sys.exit(run_training(train, sys.argv[1:]))

@@ -15,7 +15,9 @@ from threefold import __version__
 from threefold import cli as command_line
 from threefold.config.fields import recipe_markdown, recipe_paths
 from threefold.config.recipe import Recipe
-from threefold.errors import ConfigError
+from threefold.config.scale import LaunchSection
+from threefold.errors import ConfigError, Preempted
+from threefold.launch.failures import RunFailed
 from threefold.serve.options import ChatOptions
 
 
@@ -45,10 +47,18 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, tuple[int, ..
         (["train", "--steps", "1", "2"], ["unknown flag --steps", "did you mean --step?"]),
         (["train", "--outputdir", "x"], ["unknown flag --outputdir", "did you mean --output-dir?"]),
         (["train", "--out", "x"], ["unknown field out"]),
+        (["train", "--nnode", "2"], ["unknown flag --nnode", "did you mean --nnodes?"]),
+        (["train", "--nnodes", "0"], ['launch.nodes = "0"', "greater than or equal to 1"]),
+        (["train", "--node-rank", "x"], ['launch.node_rank = "x"', "a whole number"]),
+        (["train", "recipes/demo.toml", "--nnodes", "2"], ['launch.rdzv_endpoint = ""', "HOST:PORT"]),
+        (["train", "recipes/demo.toml", "--nproc-per-node", "2"], ["launch.processes_per_node = 2", "single_node"]),
+        (["deepspeed-chat", "--actor-modle", "x"], ["did you mean --actor-model?"]),
         (["train", "--step", "4"], ["--step", "'4' is no step"]),
         (["train", "--step", "1", "x.toml"], ["'x.toml' is no step"]),
         (["train", "--output-dir"], ["--output-dir", "expected one argument"]),
         (["train", "a.toml", "b.toml"], ["unexpected 'b.toml'"]),
+        (["plan"], ["RECIPE.toml", "threefold plan --help"]),
+        (["plan", "nowhere.toml"], ["there is no recipe nowhere.toml"]),
         (["chat"], ["DIR", "threefold chat --help"]),
         (["chat", "x", "--temprature", "1"], ["unknown flag --temprature", "did you mean --temperature?"]),
         (["chat", "x", "--zzz", "1"], ["unknown flag --zzz"]),
@@ -72,7 +82,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     code, out, _ = run(capsys, *arguments)
     assert code == 0
-    assert all(command in out for command in ("train", "chat", "recipe", "--version"))
+    assert all(command in out for command in ("train", "deepspeed-chat", "plan", "chat", "recipe", "--version"))
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +127,29 @@ def test_train_hands_over_recipe_steps_and_directory(
     ]
 
 
+def test_torchruns_flags_stand_for_fields_and_fields_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launches: list[LaunchSection] = []
+    handed_on: list[list[str]] = []
+
+    def started(recipe: Recipe, work: object, arguments: list[str]) -> None:
+        launches.append(recipe.launch)
+        handed_on.append(arguments)
+
+    monkeypatch.setattr(command_line, "start", started)
+    recipe_file = str(tmp_path / "small.toml")
+    Path(recipe_file).write_text("")
+    flags = ["--nnodes", "2", "--node_rank=1", "--rdzv-endpoint", "a:1", "--nproc-per-node", "4"]
+    assert command_line.main(["train", recipe_file, *flags]) == 0
+    assert launches[0] == LaunchSection(
+        deployment="multi_node", nodes=2, node_rank=1, rdzv_endpoint="a:1", processes_per_node=4
+    )
+    assert handed_on[0] == ["train", recipe_file, *flags]
+    assert command_line.main(["train", recipe_file, "--nnodes", "1", "--nproc-per-node", "2"]) == 0
+    assert launches[1] == LaunchSection(deployment="single_node", processes_per_node=2)
+    assert command_line.main(["train", recipe_file, "--hostfile", "hosts", "--launch.hostfile=", "--nnodes", "2"]) == 0
+    assert launches[2] == LaunchSection(deployment="multi_node", nodes=2)
+
+
 def test_an_override_before_the_recipe_does_not_swallow_it(
     started: list[tuple[Recipe, tuple[int, ...], Path]], tmp_path: Path
 ) -> None:
@@ -124,6 +157,12 @@ def test_an_override_before_the_recipe_does_not_swallow_it(
     recipe_file.write_text('[run]\nname = "small"\n')
     assert command_line.main(["train", "--ppo.kl_coef", "0.5", str(recipe_file)]) == 0
     assert (started[0][0].run.name, started[0][0].ppo.kl_coef) == ("small", 0.5)
+
+
+def test_plan_prints_the_memory_of_each_process(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "recipes/demo.toml", "--nnodes", "1", "--nproc-per-node", "2")
+    assert code == 0
+    assert out.startswith("plan of demo: 2 processes")
 
 
 def test_chat_hands_over_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +185,10 @@ def test_what_is_raised_decides_the_exit_code(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "threefold: two lines\n"
     assert raising(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.strip() == command_line.TRAINING_INTERRUPTED
+    assert raising(Preempted("stopped, saved")) == 143
+    assert capsys.readouterr().err == "stopped, saved\n"
+    assert raising(RunFailed("rank 1 was killed")) == 1
+    assert capsys.readouterr().err == "threefold: rank 1 was killed\n"
     with pytest.raises(ZeroDivisionError):
         raising(ZeroDivisionError())
 

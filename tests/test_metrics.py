@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from threefold.metrics import RunLog
+from threefold.metrics import RunLog, SilentLog
 
 
 def make_log(directory: Path) -> tuple[RunLog, io.StringIO]:
@@ -118,3 +119,90 @@ def test_table_and_progress_show_what_they_are_given(tmp_path: Path) -> None:
     text = output.getvalue()
     for part in ("sft", "3/3", "loss 0.2469  kl 1e-07", "the run", "perplexity 3.1", "80 s"):
         assert part in text
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def logged(directory: Path, stage: str, steps: range, resume_at: int | None = None) -> list[int]:
+    """Log steps of a stage in a process of its own, so to speak; the position before each."""
+    log, _ = make_log(directory)
+    positions = []
+    with log.stage(stage, "k" * 16, resume_at):
+        for step in steps:
+            positions.append(log.position())
+            log.log(step, {"a": step / 3})
+    log.close()
+    return positions
+
+
+def test_position_counts_what_is_on_disk(tmp_path: Path) -> None:
+    log, _ = make_log(tmp_path / "run")
+    assert log.position() == 0
+    with log.stage("sft", "key"):
+        log.log(1, {"a": 1.0})
+        assert log.position() == (tmp_path / "run" / "metrics.jsonl").stat().st_size > 50
+    log.close()
+
+
+def test_what_came_after_the_checkpoint_is_taken_back(tmp_path: Path) -> None:
+    logged(tmp_path, "sft", range(1, 4))
+    positions = logged(tmp_path, "ppo", range(1, 8))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "ppo", "st')  # killed
+    logged(tmp_path, "ppo", range(4, 8), resume_at=positions[3])
+    of_ppo = [line for line in lines(tmp_path) if line["stage"] == "ppo"]
+    assert [line.get("step", line.get("event")) for line in of_ppo] == ["start", 1, 2, 3, "resume", 4, 5, 6, 7]
+    logged(tmp_path / "whole", "ppo", range(1, 8))
+    steps = [line for line in of_ppo if "step" in line]
+    assert steps == [line for line in lines(tmp_path / "whole") if "step" in line]
+    assert [line.get("step") for line in lines(tmp_path)[:4]] == [None, 1, 2, 3]  # those of sft
+
+
+def test_what_other_stages_wrote_since_stays(tmp_path: Path) -> None:
+    positions = logged(tmp_path, "reward", range(1, 4))
+    logged(tmp_path, "sft", range(1, 3))
+    logged(tmp_path, "reward", range(2, 4), resume_at=positions[1])
+    found = [(line["stage"], line.get("step", line.get("event"))) for line in lines(tmp_path)]
+    assert found == [
+        ("reward", "start"), ("reward", 1), ("sft", "start"), ("sft", 1), ("sft", 2),
+        ("reward", "resume"), ("reward", 2), ("reward", 3),
+    ]  # fmt: skip
+
+
+def test_a_log_that_is_shorter_than_it_was_is_gone_on_with(tmp_path: Path) -> None:
+    positions = logged(tmp_path, "sft", range(1, 5))
+    os.truncate(tmp_path / "metrics.jsonl", positions[1])
+    logged(tmp_path, "sft", range(4, 6), resume_at=positions[3])
+    assert [line.get("step") for line in lines(tmp_path)] == [None, 1, None, 4, 5]
+    (tmp_path / "metrics.jsonl").unlink()
+    logged(tmp_path, "sft", range(4, 6), resume_at=positions[3])
+    assert [line.get("step") for line in lines(tmp_path)] == [None, 4, 5]
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    positions = logged(tmp_path, "sft", range(1, 8))
+    logged(tmp_path, "sft", range(4, 10), resume_at=positions[3])
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "sft-kkkkkkkk")).Reload()
+    assert [event.step for event in events.Scalars("a")] == list(range(1, 10))
+
+
+def test_progress_goes_on_where_it_was(tmp_path: Path) -> None:
+    log, output = make_log(tmp_path)
+    with log.progress("sft", 5, completed=3) as bar:
+        bar.advance()
+    assert "4/5" in output.getvalue()
+
+
+def test_a_silent_log_writes_and_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = SilentLog(tmp_path / "run")
+    with log.stage("sft", "key", resume_at=5), log.progress("sft", 2, completed=1) as bar:
+        bar.advance(loss=1.0)
+        log.log(1, {"a": 1.0})
+        log.note("note")
+        log.note_long_warmup("sft.warmup", 3, 2)
+        log.table("title", ("a",), [("b",)])
+        assert log.position() == 0
+    log.close()
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []

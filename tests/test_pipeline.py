@@ -47,8 +47,10 @@ EXPECTED_BY_PREFIX = {
     "ppo.actor_lora.rank": ONLY_PPO, "ppo.actor_lora.": NONE,
     "ppo.critic_lora.rank": ONLY_PPO, "ppo.critic_lora.": NONE,
     "sft.micro_batch_": NONE, "reward.micro_batch_": NONE, "ppo.micro_batch_": NONE, "generation.": NONE,
+    "sft.gradient_checkpointing": NONE, "reward.gradient_checkpointing": NONE,
     "ppo.gradient_checkpointing": NONE, "ppo.offload_optimizer": NONE, "ppo.parity_bound": NONE,
     "ppo.kl_target": NONE, "ppo.kl_horizon": NONE,
+    "ppo.ema.offload": NONE, "parallel.": NONE, "launch.": NONE, "checkpoint.": NONE,
     "sft.": ALL, "reward.": AFTER_SFT, "ppo.": ONLY_PPO, "evaluate.": NONE,
 }  # fmt: skip
 """Steps that a change of a field must run again; the first prefix that fits counts."""
@@ -407,3 +409,33 @@ def test_adapters_and_dropout_count_as_what_they_do() -> None:
     assert keys("--sft.dropout=0.1", "--sft.micro_batch_size=2") != keys("--sft.dropout=0.1")
     dropped = ("--sft.lora.rank=4", "--sft.lora.dropout=0.1")
     assert keys(*dropped, "--sft.micro_batch_tokens=99") != keys(*dropped)
+
+
+@pytest.mark.parametrize("every_step", [False, True])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    tiny_recipe_file: Path, tmp_path: Path, every_step: bool
+) -> None:
+    """Files may be no longer than a model's: what a full disk raises, through the same ways."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "threefold", "train", str(tiny_recipe_file), "--output-dir", str(output)]
+    command += ["--step", "1", *(["--checkpoint.every_steps", "2"] if every_step else [])]
+    limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "bash", *command]
+    failed = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
+    assert "too large" in failed.stderr.lower()
+    assert not (output / "sft").exists()
+    subprocess.run(command, capture_output=True, check=True)
+    assert (output / "sft" / "stage.json").is_file()
+    assert not (output / "checkpoints").exists()
+
+
+def test_checkpoints_of_other_settings_are_said_not_to_be_used_and_removed_in_the_end(
+    tiny_recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = tmp_path / "run" / "checkpoints" / "sft-000000000000" / "step-00000001"
+    assert train(tiny_recipe_file, tmp_path / "run", "--step", "1") == 0
+    left.mkdir(parents=True)
+    assert train(tiny_recipe_file, tmp_path / "run", "--step", "1", "--sft.learning_rate", "2e-3") == 0
+    assert "its checkpoints are of other settings" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists()

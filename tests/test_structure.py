@@ -24,7 +24,7 @@ LEVELS = {
     "data": 2, "models": 2, "inference": 2,
     "engine": 3, "checkpoint": 3,
     "stages": 4, "plan": 4, "report": 4, "summary": 4,
-    "pipeline": 5, "serve": 5, "compat": 5, "bench": 5,
+    "pipeline": 5, "serve": 5, "compat": 5, "bench": 5, "launch": 5,
     "cli": 6, "__main__": 7,
 }  # fmt: skip
 
@@ -65,6 +65,11 @@ OWNERS = (
         "draws a token",
         ("inference/sampling.py",),
         r"(.+\.)?(multinomial|exponential_|gumbel_softmax|Categorical)|(.+\.)?\w*model\.generate",
+    ),
+    Owner(
+        "names a backend of collective operations",
+        ("engine/distributed.py",),
+        r"torch\.distributed\.(init_process_group|new_group|destroy_process_group)",
     ),
     Owner("renders a conversation as text", ("data/chat.py",), r"(.+\.)?apply_chat_template"),
     Owner(
@@ -356,6 +361,7 @@ def test_each_act_has_one_owner() -> None:
         ("serve/chat.py", "text = tokenizers[0].apply_chat_template(messages)"),
         ("pipeline.py", "import os\nos.replace(a, b)"),
         ("stages/ppo.py", "import torch\ntorch.save(state, path)"),
+        ("checkpoint/training.py", "import torch.distributed as dist\ngroup = dist.new_group(backend='gloo')"),
     ],
 )
 def test_check_owners_finds(path: str, text: str) -> None:

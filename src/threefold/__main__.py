@@ -1,8 +1,11 @@
-"""`threefold` and `python -m threefold`: the command line, with Ctrl-C heard from the first moment."""
+"""`threefold`, `python -m threefold`: the command line; Ctrl-C and a launcher's end are heard from the first moment."""
 
 from threefold.interrupt import heard_early, heard_normally
+from threefold.launch.orphans import end_with_launcher, is_launched
 
 heard_early()
+if is_launched():
+    end_with_launcher()
 
 from threefold import cli  # noqa: E402
 

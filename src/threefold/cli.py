@@ -11,16 +11,23 @@ from pathlib import Path
 from threefold import __version__
 from threefold.bench.options import DEFAULT_ACTOR, DEFAULT_CRITIC, DEFAULT_LENGTH, BenchOptions
 from threefold.bench.run import run_bench
+from threefold.compat import deepspeed_chat
 from threefold.config.arguments import CommandParser, add_step_flag, chosen_steps, given_arguments
 from threefold.config.fields import fields_help, recipe_markdown
 from threefold.config.load import dump_recipe, load_recipe
-from threefold.errors import ConfigError, ThreefoldError
+from threefold.engine.distributed import launched
+from threefold.errors import ConfigError, Preempted, ThreefoldError
+from threefold.interrupt import EXIT_TERMINATED
+from threefold.launch.failures import EXIT_INTERRUPTED, EXIT_MISTAKE, RunFailed
+from threefold.launch.flags import add_launch_flags, with_launch_flags
+from threefold.launch.start import start
+from threefold.launch.worker import work_as_rank
 from threefold.pipeline import run_pipeline
+from threefold.plan.describe import print_plan
 from threefold.serve.chat import run_chat
 from threefold.serve.options import ChatOptions
 
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
+EXIT_FAILED = 1
 EXIT_BROKEN_PIPE = 141
 TRAINING_INTERRUPTED = "interrupted; finished steps are kept, run the same command again to go on"
 
@@ -30,6 +37,8 @@ A pretrained language model becomes a chat model in three steps: supervised fine
 
 commands:
   train RECIPE.toml     run the three steps; run it again to go on where it stopped
+  deepspeed-chat        the same with DeepSpeed-Chat's flags (train.py)
+  plan RECIPE.toml      what each process of a run will need in memory, and whether that fits
   chat DIR              talk with a finished model
   recipe [RECIPE.toml]  print a recipe with every field filled in
   bench                 time step 3 on models of any shape, with random weights
@@ -40,9 +49,19 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 for a mistake that the user can mend, 130 for Ctrl-C, 143 for
+    SIGTERM, 1 for a process of the run that failed."""
     arguments = given_arguments(argv)
-    return run_guarded(_run_command, arguments, TRAINING_INTERRUPTED if arguments[:1] == ["train"] else "interrupted")
+    if arguments[:1] in (["train"], ["deepspeed-chat"]):
+        return run_training(_run_command, arguments)
+    return run_guarded(_run_command, arguments, "interrupted")
+
+
+def run_training(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Run a command that trains; where torchrun has started this process, as one of several, and it ends with it."""
+    if launched():
+        work_as_rank(lambda: command(arguments))
+    return run_guarded(command, arguments, TRAINING_INTERRUPTED)
 
 
 def run_guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str], on_interrupt: str) -> int:
@@ -53,6 +72,12 @@ def run_guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[st
     except ThreefoldError as error:
         print(f"threefold: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
+    except RunFailed as error:
+        print(f"threefold: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except Preempted as error:
+        print(error, file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print(f"\n{on_interrupt}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -64,7 +89,14 @@ def run_guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[st
 
 
 def _run_command(arguments: Sequence[str]) -> None:
-    commands = {"train": _train, "chat": _chat, "recipe": _recipe, "bench": _bench}
+    commands = {
+        "train": _train,
+        "deepspeed-chat": deepspeed_chat.train,
+        "plan": _plan,
+        "chat": _chat,
+        "recipe": _recipe,
+        "bench": _bench,
+    }
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help"):
         sys.stdout.write(_HELP)
@@ -90,16 +122,31 @@ def _train(arguments: Sequence[str]) -> None:
     parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="recipes/demo.toml, say")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="run directory (default: runs/NAME)")
     add_step_flag(parser)
+    add_launch_flags(parser)
     own, overrides = parser.split(arguments)
     flags = parser.parse_own(own)
-    recipe = load_recipe(flags.recipe, overrides)
+    recipe = load_recipe(flags.recipe, with_launch_flags(flags, overrides))
     default_dir = Path(recipe.run.output_dir or Path("runs") / recipe.run.name)
     steps = chosen_steps(flags)
     if flags.recipe is None:
         raise ConfigError(
             "train needs a recipe: recipes/demo.toml is the embedded demo, docs/recipe.md lists all fields"
         )
-    run_pipeline(recipe, steps, flags.output_dir or default_dir)
+    start(recipe, lambda: run_pipeline(recipe, steps, flags.output_dir or default_dir), ["train", *arguments])
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    parser = CommandParser(
+        prog="threefold plan",
+        usage="threefold plan RECIPE.toml [--SECTION.FIELD VALUE ...]",
+        description="Print what each process of a run will need in memory, phase by phase, without running it.\n\n"
+        "  threefold plan recipes/opt-13b_single_node.toml --launch.processes_per_node 8",
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml", help="recipes/demo.toml, say")
+    add_launch_flags(parser)
+    own, overrides = parser.split(arguments)
+    flags = parser.parse_own(own)
+    print_plan(load_recipe(flags.recipe, with_launch_flags(flags, overrides)), print)
 
 
 def _chat(arguments: Sequence[str]) -> None:

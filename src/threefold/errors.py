@@ -6,7 +6,8 @@
     ├── CheckpointError       a model or run directory: the message names the directory and what is missing in it
     └── TrainingError         a run that must not go on (a non-finite loss, say): the message names stage and step
 
-Everything else that is raised is a bug of ours and keeps its traceback.
+Preempted is no mistake: somebody asked the run to stop, and it has. Everything else that is raised is a bug of ours and
+keeps its traceback.
 """
 
 
@@ -36,3 +37,8 @@ class ParityError(TrainingError):
 
 class NonFiniteError(TrainingError):
     """NaN or infinity came out of a model, or out of a loss."""
+
+
+class Preempted(Exception):  # noqa: N818 - nothing went wrong
+    """The run was asked to stop (SIGTERM) and has written its checkpoint; the command line prints the line and exits
+    with code 143."""

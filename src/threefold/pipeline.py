@@ -11,7 +11,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,37 @@ import torch
 import transformers
 
 from threefold import __version__
-from threefold.checkpoint import (
+from threefold.checkpoint.files import (
     EVALUATION_FILE,
-    LOCK_FILE,
     RUN_FILE,
     SAMPLES_FILE,
     STAGE_FILE,
     building,
     content_hash,
+    full_disk_named,
     hash_of,
+    is_left_over,
     locked,
     read_record,
     recover,
+    remove_directories,
     stage_record,
     write_json,
     write_text,
 )
-from threefold.config.recipe import LoRASection, Recipe, SupervisedSection
+from threefold.checkpoint.training import Checkpointer
+from threefold.config.recipe import LoRASection, PPOSection, Recipe, SupervisedSection
 from threefold.engine.device import make_repeatable, pick_device, pick_dtype
+from threefold.engine.distributed import ALONE, World, start_world, stop_world
 from threefold.errors import CheckpointError, ConfigError
-from threefold.metrics import RunLog
+from threefold.launch.shared_directory import check_shared
+from threefold.metrics import RunLog, SilentLog
 from threefold.stages import evaluate, ppo, preflight, reward, sft
-from threefold.stages.context import EMBEDDED, StageContext
+from threefold.stages.context import EMBEDDED, StageContext, stop_if_asked
+from threefold.stages.ppo_progress import points_per_iteration
 from threefold.stages.summary import closing_table
 
+CHECKPOINT_DIRECTORY = "checkpoints"
 FORMAT = 1
 """Raised when a step's meaning changes so that directories of an older version must not be taken for finished."""
 
@@ -82,16 +90,6 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
     prompts = {"max_prompt_length": data.max_prompt_length}
     from_sft = not recipe.model.reward
     mixture = {"text": _source(recipe.ppo.mixture.source, recipe)} if recipe.ppo.mixture.source else {}
-    # what only bounds memory, checks or reports does not count, nor where the text lies: its content does
-    unread: dict[str, Any] = {
-        **dict.fromkeys([*PASSES, "gradient_checkpointing", "offload_optimizer", "parity_bound"], True),
-        "mixture": {"source": True},
-        "actor_lora": True,
-        "critic_lora": True,
-    }
-    adapters = {name: _lora(getattr(recipe.ppo, name)) for name in ("actor_lora", "critic_lora")}
-    if recipe.ppo.kl_controller == "fixed":
-        unread |= {"kl_target": True, "kl_horizon": True}
     return (
         Step(
             1,
@@ -121,11 +119,27 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
                 **shared,
                 **prompts,
                 **mixture,
-                "ppo": recipe.ppo.model_dump(exclude=unread) | adapters,
+                "ppo": _ppo(recipe.ppo),
                 "retokenise": recipe.model.retokenise_for_reward,
             },
         ),
     )
+
+
+def _ppo(section: PPOSection) -> dict[str, Any]:
+    """What step 3's result depends on: not what only bounds memory, checks or reports, nor where the text lies (its
+    content does)."""
+    unread: dict[str, Any] = {
+        **dict.fromkeys([*PASSES, "gradient_checkpointing", "offload_optimizer", "parity_bound"], True),
+        "mixture": {"source": True},
+        "ema": {"offload": True},
+        "actor_lora": True,
+        "critic_lora": True,
+    }
+    if section.kl_controller == "fixed":
+        unread |= {"kl_target": True, "kl_horizon": True}
+    adapters = {name: _lora(getattr(section, name)) for name in ("actor_lora", "critic_lora")}
+    return section.model_dump(exclude=unread) | adapters
 
 
 def _lora(section: LoRASection) -> dict[str, Any]:
@@ -137,7 +151,7 @@ def _supervised(section: SupervisedSection) -> dict[str, Any]:
     """What the result of step 1 or 2 depends on: with dropout, also how a batch is cut into passes, for each draws its
     own."""
     random_passes = section.dropout > 0 or (section.lora.rank > 0 and section.lora.dropout > 0)
-    exclude = {"lora"} if random_passes else {"lora", *PASSES}
+    exclude = {"lora", "gradient_checkpointing", *(() if random_passes else PASSES)}
     return section.model_dump(exclude=exclude) | {"lora": _lora(section.lora)}
 
 
@@ -175,27 +189,43 @@ def run_pipeline(recipe: Recipe, steps: tuple[int, ...], output_dir: Path) -> No
         CheckpointError: if the directory is another recipe's or in use, or a step is wanted whose inputs are missing or
             out of date.
     """
-    nodes = graph(recipe)
     device = pick_device(recipe.run.device)
-    _claim(output_dir, recipe)
-    with locked(output_dir):
-        log = RunLog(output_dir)
-        try:
-            run = Run(recipe, step_keys(nodes), output_dir, log, device, pick_dtype(recipe.run.dtype, device))
-            for node in nodes:
-                recover(output_dir / node.name)
-            wanted = [node for node in nodes if node.number in steps]
-            pending = [node.name for node in wanted if not run.is_finished(node.name)]
-            if pending:
-                preflight.check(run.context(output_dir, ()), pending)
+    world = start_world(device, recipe.launch.collective_timeout_seconds)
+    run_steps(recipe, steps, output_dir, device, world)
+    stop_world(world)
+
+
+def run_steps(recipe: Recipe, steps: tuple[int, ...], output_dir: Path, device: torch.device, world: World) -> None:
+    """`run_pipeline` among processes that have met."""
+    nodes = graph(recipe)
+    with full_disk_named(output_dir), ExitStack() as stack:
+        world.from_first(lambda: _take(output_dir, recipe, stack))
+        check_shared(output_dir, world)
+        log = RunLog(output_dir) if world.is_first else SilentLog(output_dir)
+        stack.callback(log.close)
+        keys = world.from_first(lambda: step_keys(nodes))
+        run = Run(recipe, keys, output_dir, log, device, pick_dtype(recipe.run.dtype, device), world)
+        wanted = [node for node in nodes if node.number in steps]
+        pending = [node.name for node in wanted if not run.is_finished(node.name)]
+        if pending:
+            preflight.check(run.context(output_dir, ()), pending)
+        if world.is_first:
             write_json(output_dir / RUN_FILE, run.description())
-            for node in wanted:
-                run.step(node)
-            if 3 in steps:
-                run.evaluate()
+        for node in wanted:
+            run.step(node)
+        if 3 in steps:
+            run.evaluate()
+        if world.is_first:
             closing_table(output_dir, recipe, run.keys, run.finished_evaluation(), log)
-        finally:
-            log.close()
+
+
+def _take(output_dir: Path, recipe: Recipe, stack: ExitStack) -> None:
+    """Make the directory this run's, for the time of the stack; what a crash has left between two names is put
+    right."""
+    _claim(output_dir, recipe)
+    stack.enter_context(locked(output_dir))
+    for name in STEP_NUMBERS:
+        recover(output_dir / name)
 
 
 def _claim(output_dir: Path, recipe: Recipe) -> None:
@@ -204,7 +234,7 @@ def _claim(output_dir: Path, recipe: Recipe) -> None:
         raise ConfigError(f"{output_dir}: is a file; choose another --output-dir")
     record = read_record(output_dir / RUN_FILE, "name")
     if record is None:
-        if output_dir.is_dir() and any(path.name != LOCK_FILE for path in output_dir.iterdir()):
+        if output_dir.is_dir() and not all(is_left_over(path) for path in output_dir.iterdir()):
             raise CheckpointError(f"{output_dir}: is not empty and holds no run; choose another --output-dir")
     elif record["name"] != recipe.run.name:
         raise CheckpointError(
@@ -238,6 +268,7 @@ class Run:
     Attributes:
         keys: the key that each step has under this recipe.
         device, dtype: where, and in which precision, to compute.
+        world: the processes of the run; what reads or writes the directory is the first one's decision.
     """
 
     recipe: Recipe
@@ -246,6 +277,7 @@ class Run:
     log: RunLog
     device: torch.device
     dtype: torch.dtype
+    world: World = ALONE
 
     def description(self) -> dict[str, Any]:
         """What run.json records."""
@@ -260,44 +292,88 @@ class Run:
                 "transformers": transformers.__version__,
                 "platform": platform.platform(),
                 "threads": self.recipe.run.num_threads or torch.get_num_threads(),
+                "processes": self.world.size,
             },
         }
 
     def context(self, output: Path, inputs: Sequence[str]) -> StageContext:
         """What a stage is given: where to write, and the directories of these finished steps."""
         directories = {name: self.directory / name for name in inputs}
-        return StageContext(self.recipe, output, directories, self.log, self.device, self.dtype)
+        return StageContext(self.recipe, output, directories, self.log, self.device, self.dtype, self.world)
 
     def is_finished(self, name: str) -> bool:
-        """Whether a step's directory holds its result under this recipe."""
-        record = stage_record(self.directory / name)
-        return record is not None and record["key"] == self.keys[name]
+        """Whether a step's directory holds its result under this recipe. Collective."""
+
+        def found() -> bool:
+            record = stage_record(self.directory / name)
+            return record is not None and record["key"] == self.keys[name]
+
+        return self.world.from_first(found)
 
     def step(self, node: Step) -> None:
         """Run a step into its directory, unless it is finished."""
         if self.is_finished(node.name):
             self.log.note(f"step {node.number}, {node.name}: finished earlier, skipped")
+            self._remove_checkpoints(node)  # of which a crash at the very end may have left some
             return
         self._demand_inputs(node.number, node.inputs)
-        make_repeatable(self.recipe.run)
+        stop_if_asked(self.world)
+        make_repeatable(self.recipe.run, self.world.rank)
         key, started = self.keys[node.name], time.perf_counter()
-        with self.log.stage(node.name, key), building(self.directory / node.name) as partial:
-            summary = node.run(self.context(partial, node.inputs))
+        checkpoints = self._checkpoints(node)
+        saved = checkpoints.load()
+        before = {} if saved is None else saved.values["stage"]
+        if saved is not None:
+            self.log.note(f"step {node.number}, {node.name}: goes on from {saved.directory}")
+        elif self._checkpoints_of_other_settings(node):
+            self.log.note(f"step {node.number}, {node.name}: from its beginning; its checkpoints are of other settings")
+
+        def seconds() -> float:
+            return float(before.get("seconds", 0.0)) + time.perf_counter() - started
+
+        with (
+            self.log.stage(node.name, key, before.get("log_position")),
+            building(self.directory / node.name, self.world) as partial,
+        ):
+            context = self.context(partial, node.inputs)
+            summary = node.run(replace(context, checkpoints=checkpoints, saved=saved, seconds=seconds))
             record = {
                 "stage": node.name,
                 "key": key,
                 "inputs": {name: self.keys[name] for name in node.inputs},
                 "settings": node.settings,
-                "seconds": round(time.perf_counter() - started, 2),
+                "seconds": round(seconds(), 2),
                 "summary": dict(summary),
             }
-            write_json(partial / STAGE_FILE, record)
+            if self.world.is_first:
+                write_json(partial / STAGE_FILE, record)
+        checkpoints.clear()
+        self._remove_checkpoints(node)
+
+    def _remove_checkpoints(self, node: Step) -> None:
+        if self.world.is_first:
+            remove_directories(self.directory / CHECKPOINT_DIRECTORY, f"{node.name}-*")
+
+    def _checkpoints_of_other_settings(self, node: Step) -> bool:
+        own = self._checkpoint_directory(node)
+        return any(path.name != own.name for path in own.parent.glob(f"{node.name}-*"))
+
+    def _checkpoint_directory(self, node: Step) -> Path:
+        return self.directory / CHECKPOINT_DIRECTORY / f"{node.name}-{self.keys[node.name][:12]}"
+
+    def _checkpoints(self, node: Step) -> Checkpointer:
+        """Those of a step under its present settings; with others, it begins anew."""
+        settings = self.recipe.checkpoint
+        if node.name == "ppo":  # counts iterations, and the stage counts the moments in them, too
+            every = settings.every_steps * points_per_iteration(self.recipe.ppo)
+            settings = settings.model_copy(update={"every_steps": every})
+        return Checkpointer(self._checkpoint_directory(node), self.keys[node.name], settings, self.world, self.log.note)
 
     def _demand_inputs(self, number: int, inputs: Sequence[str]) -> None:
         """Refuse to start step `number` from a step that is missing or was made with other settings."""
         for name in inputs:
             wanted = STEP_NUMBERS[name]
-            if stage_record(self.directory / name) is None:
+            if self.world.from_first(lambda name=name: stage_record(self.directory / name) is None):  # type: ignore[misc]
                 raise CheckpointError(
                     f"{self.directory / name}: step {number} needs step {wanted}, which has not finished; "
                     f"add it: --step {wanted} {number}"
@@ -310,13 +386,15 @@ class Run:
 
     def evaluate(self) -> None:
         """Compare the steps' models, unless that is done already for these very models and settings."""
-        if self.finished_evaluation() is not None:
+        if self.world.from_first(lambda: self.finished_evaluation() is not None):
             return
         self._demand_inputs(3, ("sft", "reward"))
-        make_repeatable(self.recipe.run)
+        make_repeatable(self.recipe.run, self.world.rank)
         key, started = self._evaluation_key(), time.perf_counter()
         with self.log.stage("evaluate", key):
             result, samples = evaluate.run(self.context(self.directory, ("sft", "reward", "ppo")))
+        if not self.world.is_first:
+            return
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         write_text(self.directory / SAMPLES_FILE, lines)
         seconds = round(time.perf_counter() - started, 2)

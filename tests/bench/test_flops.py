@@ -16,10 +16,10 @@ from threefold.bench.flops import (
     model_cost,
 )
 from threefold.bench.random_models import random_causal_lm, random_scalar_model
-from threefold.bench.shapes import find_shape
 from threefold.config.recipe import LoRASection
 from threefold.machine import linear
 from threefold.models.adapters import add_lora
+from threefold.models.shapes import find_shape
 
 CPU = torch.device("cpu")
 META = torch.device("meta")

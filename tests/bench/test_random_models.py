@@ -16,9 +16,9 @@ from threefold.bench.random_models import (
     random_causal_lm,
     random_scalar_model,
 )
-from threefold.bench.shapes import Shape, find_shape
 from threefold.config.recipe import LoRASection
 from threefold.errors import ConfigError
+from threefold.models.shapes import Shape, find_shape
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""DeepSpeed-Chat's two commands stand for the recipes that its one-GPU scripts describe."""
+"""DeepSpeed-Chat's two commands stand for the recipes that its scripts describe."""
 
 from __future__ import annotations
 
@@ -52,6 +52,73 @@ def test_both_spellings_sizes_steps_and_overrides(tmp_path: Path, spell: Callabl
     assert (recipe.ppo.kl_coef, recipe.sft.batch_size) == (0.05, 4)
 
 
+NODE = ["--deployment-type", "single_node", "--data-path", "demo"]
+
+
+def test_the_deployment_types_stand_for_their_scripts() -> None:
+    """Per GPU 8, 4 and 4 sequences, ZeRO 2 and an average for 1.3B on 8 GPUs; for 13B ZeRO 3, adapters of rank 128 at
+    5e-4 scaled by 1 / rank, and tensor parallelism 2; for 66B on 64 GPUs tensor parallelism 8."""
+    small, _, _ = deepspeed_chat.read_train_flags([*NODE, "--actor-model", "1.3b"])
+    assert (small.sft.batch_size, small.reward.batch_size, small.ppo.prompts_per_iteration) == (64, 32, 32)
+    assert (small.sft.micro_batch_size, small.ppo.micro_batch_size, small.sft.epochs) == (8, 4, 16)
+    assert (small.sft.learning_rate, small.sft.lora.rank, small.ppo.ema.enabled) == (9.65e-6, 0, True)
+    assert (small.parallel.actor.zero_stage, small.parallel.critic.zero_stage) == (2, 2)
+    assert (small.parallel.reward.zero_stage, small.parallel.reference.zero_stage) == (0, 0)
+    assert (small.launch.deployment, small.launch.processes_per_node) == ("single_node", 0)
+    middle, _, _ = deepspeed_chat.read_train_flags([*NODE, "--actor-model", "meta-llama/Llama-2-7b-hf"])
+    assert (middle.sft.batch_size, middle.parallel.actor.zero_stage, middle.ppo.actor_weight_decay) == (48, 3, 0.1)
+    large, _, _ = deepspeed_chat.read_train_flags([*NODE, "--actor-model", "13b", "--num-gpus", "4"])
+    assert (large.sft.batch_size, large.reward.batch_size, large.ppo.prompts_per_iteration) == (16, 16, 64)
+    assert (large.sft.learning_rate, large.sft.lora.rank, large.sft.lora.alpha) == (5e-4, 128, 1)
+    assert (large.generation.inference_tp_size, large.launch.processes_per_node) == (2, 4)
+    assert (large.parallel.reference.zero_stage, large.parallel.scorer.zero_stage) == (3, 3)
+    huge, _, _ = deepspeed_chat.read_train_flags(["--deployment-type", "multi_node", "--actor-model", "66b"])
+    assert (huge.sft.batch_size, huge.reward.batch_size, huge.ppo.prompts_per_iteration) == (256, 128, 256)
+    assert (huge.sft.weight_decay, huge.ppo.critic_weight_decay, huge.sft.epochs) == (0.1, 0.1, 2)
+    assert (huge.generation.inference_tp_size, huge.launch.nodes) == (8, 8)
+
+
+def test_stages_offload_and_machines_are_flags() -> None:
+    flags = ["--actor-zero-stage", "3", "--reward_zero_stage", "1", "--offload", "--num-gpus", "2"]
+    recipe, _, _ = deepspeed_chat.read_train_flags([*NODE, *flags])
+    parallel = recipe.parallel
+    assert (parallel.actor.zero_stage, parallel.actor.offload) == (3, "all")
+    assert (parallel.reward.zero_stage, parallel.reward.offload) == (1, "optimizer")
+    assert (parallel.critic.zero_stage, parallel.critic.offload) == (1, "optimizer")
+    flags = ["--num-nodes", "2", "--num-gpus", "4", "--node-rank", "1", "--rdzv-endpoint", "a:1"]
+    recipe, _, _ = deepspeed_chat.read_train_flags(["--deployment-type", "multi_node", *flags])
+    launch = recipe.launch
+    assert (launch.nodes, launch.processes_per_node, launch.node_rank, launch.rdzv_endpoint) == (2, 4, 1, "a:1")
+    assert recipe.sft.batch_size == 4 * 8
+    recipe, _, _ = deepspeed_chat.read_train_flags(["--deployment-type", "multi_node", "--hostfile", "hosts"])
+    assert (recipe.launch.hostfile, recipe.launch.nodes) == ("hosts", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "deployment", "size"),
+    [
+        ("opt-1.3b_single_gpu", "single_gpu", "1.3b"),
+        ("opt-13b_single_node", "single_node", "13b"),
+        ("opt-66b_multi_node", "multi_node", "66b"),
+    ],
+)
+def test_the_shipped_recipes_say_what_the_flags_stand_for(name: str, deployment: str, size: str) -> None:
+    shipped = load_recipe(ROOT / "recipes" / f"{name}.toml").model_dump()
+    recipe, _, _ = deepspeed_chat.read_train_flags(["--deployment-type", deployment, "--actor-model", size])
+    flags = recipe.model_dump()
+    for section in (shipped, flags):
+        del section["run"]["name"], section["run"]["output_dir"], section["data"]["sources"]
+    assert shipped == flags
+
+
+def test_other_processes_get_the_same_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `threefold deepspeed-chat` is for: the processes of train.py are started with it."""
+    given: list[list[str]] = []
+    monkeypatch.setattr(deepspeed_chat, "start", lambda recipe, work, arguments: given.append(arguments))
+    deepspeed_chat.train([*NODE, "--num-gpus", "2"])
+    assert given == [["deepspeed-chat", *NODE, "--num-gpus", "2"]]
+
+
 def test_a_directory_as_model_gives_a_usable_name(tmp_path: Path) -> None:
     model = str(tmp_path / "my model+")
     recipe, _, _ = deepspeed_chat.read_train_flags(["--actor-model", model, "--data-path", "demo"])
@@ -62,11 +129,12 @@ def test_a_directory_as_model_gives_a_usable_name(tmp_path: Path) -> None:
     ("arguments", "parts"),
     [
         ([*USUAL, "--data-path", "Dahoas/rm-static"], ["--data-path Dahoas/rm-static", "no such file", "jsonl"]),
-        (["--deployment-type", "single_node"], ["single_node", "comes with multi-process training"]),
-        (["--deployment-type", "multi_node"], ["multi_node", "comes with multi-process training"]),
-        (["--deployment-type", "singel_gpu"], ["singel_gpu", "use single_gpu"]),
-        (["--actor-zero-stage", "2"], ["--actor-zero-stage 2", "comes with multi-process training"]),
-        (["--reward_zero_stage", "3"], ["--reward-zero-stage 3", "comes with multi-process training"]),
+        (["--deployment-type", "singel_gpu"], ["singel_gpu", "use single_gpu, single_node, multi_node"]),
+        (["--num-gpus", "2"], ["--num-gpus 2", "needs --deployment-type single_node"]),
+        (["--num-gpus", "-1"], ["--num-gpus -1", "above 0"]),
+        (["--deployment-type", "single_node", "--num-nodes", "2"], ["--num-nodes 2", "--deployment-type multi_node"]),
+        (["--actor-zero-stage", "4"], ["--actor-zero-stage 4", "0, 1, 2 or 3"]),
+        (["--reward_zero_stage", "x"], ["--reward-zero-stage x", "0, 1, 2 or 3"]),
         (["--actor-model", "1.4b", "--data-path", "demo"], ["--actor-model 1.4b", "1.3b"]),
         (["--actor-model", "", "--data-path", "demo"], ["--actor-model is empty"]),
         (["--actor-modle", "1.3b"], ["unknown flag --actor-modle", "did you mean --actor-model?"]),

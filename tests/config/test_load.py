@@ -134,6 +134,8 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, parts: lis
         (["--data.sources", ""], ["data.sources = []", "at least 1 item"]),
         (["--data.sources", "[a]"], ["data.sources", "JSON"]),
         (["--sft.lora.target_modules", "all-linear,q_proj"], ["in sft.lora:", '"all-linear"', "alone"]),
+        (["--sft.lora.quantise_base", "nf4"], ["in sft.lora:", "quantise_base", "rank 0", "set rank above 0"]),
+        (["--sft.lora.quantise_base", "int3", "--sft.lora.rank", "1"], ['sft.lora.quantise_base = "int3"', "nf4"]),
         (["--model.embedded.num_heads", "3"], ["command line", "num_heads 3 does not divide hidden_size 128"]),
     ],
 )

@@ -5,6 +5,7 @@ Each case is a command line; afterwards nothing that was finished may be gone.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -325,6 +326,15 @@ def test_adapters_for_layers_that_are_not_there(
     actor = ("--model.actor", str(tiny_run / "sft"))
     line = complaint(*actor, f"--{field}.rank", "2", f"--{field}.target_modules", "k_projection")
     assert has_all(line, f"{field}.target_modules", "k_projection", "k_proj")
+    assert not (tmp_path / "output" / "sft").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.parametrize("field", ["sft.lora", "ppo.critic_lora"])
+def test_packed_weights_where_bitsandbytes_is_missing(complaint: Complain, tmp_path: Path, field: str) -> None:
+    """Refused before the first step, whichever step they are for; an embedded model's, too."""
+    line = complaint(f"--{field}.rank", "2", f"--{field}.quantise_base", "nf4")
+    assert has_all(line, f"{field}.quantise_base", "bitsandbytes", "not installed", "threefold[qlora]")
     assert not (tmp_path / "output" / "sft").exists()
 
 

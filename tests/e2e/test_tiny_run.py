@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.tiny import MODELS, read_metrics, same_weights, tiny_recipe, train, weights, without_times, write_recipe
-from threefold.checkpoint import hash_of
+from threefold.checkpoint.files import hash_of
 from threefold.data.chat import build_chat_format
-from threefold.engine.train import MicroBatching
+from threefold.engine.sharing import MicroBatching
 from threefold.models.loading import generation_stop_ids, load_scalar_model, load_tokenizer
 from threefold.pipeline import graph, step_keys
 from threefold.stages.rollout import RewardScorer

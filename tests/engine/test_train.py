@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.models.families_under_test import ragged_ids, right_padded, tiny_causal_lm
 from threefold.config.recipe import OptimizerSection
-from threefold.engine.train import MicroBatching, TrainEngine
+from threefold.engine.sharing import MicroBatching
+from threefold.engine.train import TrainEngine
 from threefold.errors import TrainingError
 
 CPU = torch.device("cpu")
@@ -41,8 +40,8 @@ def lm_loss(model: nn.Module, sequences: list[list[int]]) -> Tensor:
 
 
 def backward_in_pieces(engine: TrainEngine, micro_batch_size: int) -> None:
-    for micro in MicroBatching(max_sequences=micro_batch_size).of(SEQUENCES, len):
-        engine.backward(lambda micro=micro: lm_loss(engine.model, list(micro)))  # type: ignore[misc]
+    for part in MicroBatching(max_sequences=micro_batch_size).of(SEQUENCES, len):
+        engine.backward(lambda part=part: lm_loss(engine.model, part.items), part.counts)  # type: ignore[misc]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -59,34 +58,6 @@ def line(value: float = 1.0) -> nn.Module:
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, value)
     return model
-
-
-def test_micro_batches() -> None:
-    assert MicroBatching(max_sequences=2).cut([3, 9, 5, 5, 1]) == [[1, 2], [3, 0], [4]]
-    assert MicroBatching(max_tokens=10).cut([3, 9, 5, 5, 1]) == [[1], [2, 3], [0, 4]]
-    assert MicroBatching(max_tokens=4).cut([7, 2, 2, 2]) == [[0], [1, 2], [3]], "a longer one passes alone"
-    assert MicroBatching(2, 100).cut([1, 1, 1]) == [[0, 1], [2]]
-    assert MicroBatching().cut([1, 3, 2]) == [[1, 2, 0]]
-    assert MicroBatching(1, 1).cut([]) == []
-    assert MicroBatching(max_tokens=6).of(["aa", "b", "cccc"], len) == [["cccc"], ["aa", "b"]]
-
-
-@given(
-    st.lists(st.integers(1, 50), max_size=40),
-    st.integers(0, 7),
-    st.integers(0, 120),
-)
-def test_micro_batches_hold_every_item_once_and_keep_both_bounds(
-    lengths: list[int], max_sequences: int, max_tokens: int
-) -> None:
-    passes = MicroBatching(max_sequences, max_tokens).cut(lengths)
-    assert sorted(index for part in passes for index in part) == list(range(len(lengths)))
-    for part in passes:
-        longest = max(lengths[index] for index in part)
-        assert not max_sequences or len(part) <= max_sequences
-        assert not max_tokens or len(part) == 1 or len(part) * longest <= max_tokens
-    if len(lengths) > 1 and not max_sequences and not max_tokens:
-        assert len(passes) == 1
 
 
 @pytest.mark.parametrize(

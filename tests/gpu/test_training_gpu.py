@@ -23,6 +23,7 @@ from threefold.models.loading import use_fast_kernels
 from threefold.stages import ppo
 from threefold.stages.context import StageContext
 from threefold.stages.overlap import ScoringBeside
+from threefold.stages.ppo_setup import set_up
 from threefold.stages.rollout import judge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -108,7 +109,7 @@ def context(tiny_run: Path, tmp_path: Path) -> Iterator[StageContext]:
 
 
 def test_scoring_beside_decoding_is_scoring_afterwards(context: StageContext) -> None:
-    setup = ppo._set_up(context)
+    setup = set_up(context)
     assert setup.scoring_stream is not None
     prompts = next(ppo.prompt_batches(setup.prompts, context.recipe.ppo, seed=0))
     for _ in range(3):
@@ -123,7 +124,7 @@ def test_scoring_beside_decoding_is_scoring_afterwards(context: StageContext) ->
 
 def test_launching_a_pass_does_not_make_the_host_wait(context: StageContext) -> None:
     """Beyond what a model's own forward may ask at its beginning (some versions look whether a mask is full)."""
-    setup = ppo._set_up(context)
+    setup = set_up(context)
     prompts = next(ppo.prompt_batches(setup.prompts, context.recipe.ppo, seed=0))
     rollouts = ppo.sample(context, setup, prompts, 2)
     beside = ScoringBeside(setup.scorers, prompts, 0.7, setup.scoring_stream)

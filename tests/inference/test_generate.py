@@ -35,6 +35,7 @@ from threefold.inference.fallback import FallbackDecoder
 from threefold.inference.generate import (
     KV_SHARE_OF_FREE,
     GenerationLimits,
+    Part,
     decoder_for,
     finished_answers,
     generate,
@@ -485,3 +486,39 @@ def test_answers_of_a_gpu_are_those_of_the_cpu(make: Make, sample: Sample) -> No
     for one, other in zip(found, expected, strict=True):
         assert one.logprobs.device.type == one.response_ids.device.type == "cpu"
         torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+def test_a_part_of_a_batch_is_answered_as_in_the_whole() -> None:
+    """Bit by bit the random numbers of the whole batch, whichever prompts a process has; the generators go on alike."""
+    model = tiny_causal_lm("llama")
+    prompts, sampling = ragged_ids(5, LENGTHS), SamplingSection(max_new_tokens=7)
+    arguments: Any = {"sampling": sampling, "stop_ids": frozenset({5, 6, 7}), "answers_per_prompt": 2}
+
+    def answered(decoder: TokenDecoder, part: Part | None) -> tuple[dict[int, Rollout], float]:
+        generator = torch.Generator().manual_seed(3)
+        mine = prompts if part is None else [prompts[number] for number in part.prompt_numbers]
+        found = dict(finished_answers(decoder, mine, generator=generator, part=part, **arguments))
+        numbers = range(len(prompts) * 2) if part is None else part.answer_numbers(2)
+        return {numbers[n]: rollout for n, rollout in found.items()}, float(torch.rand(1, generator=generator))
+
+    for decoder in (decoder_for(model, lambda _: None), FallbackDecoder(CausalForward(model))):
+        whole, next_number = answered(decoder, None)
+        seen: set[int] = set()
+        for numbers in ([6, 0, 3], [1, 2, 4, 5, 7], []):
+            part, after = answered(decoder, Part(numbers, len(prompts)))
+            assert after == next_number
+            seen |= set(part)
+            for number, rollout in part.items():
+                assert torch.equal(rollout.response_ids, whole[number].response_ids)
+                torch.testing.assert_close(rollout.logprobs, whole[number].logprobs, atol=1e-5, rtol=0)
+        assert seen == set(whole)
+
+
+def test_a_prompt_of_a_part_is_named_by_its_number_in_the_batch() -> None:
+    decoder = decoder_for(tiny_causal_lm("llama"), lambda _: None)
+    with pytest.raises(DataError, match="prompt 8 of the batch"):
+        list(
+            finished_answers(
+                decoder, [[5], [6] * CONTEXT], GREEDY, frozenset(), torch.Generator(), part=Part([2, 7], 9)
+            )
+        )

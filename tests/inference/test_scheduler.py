@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.oracles.distributions import softmax
 from threefold.config.recipe import SamplingSection
 from threefold.errors import TrainingError
-from threefold.inference.scheduler import ContinuousBatch, Finished, NonFiniteLogits
+from threefold.inference.scheduler import ContinuousBatch, Drawn, Finished, NonFiniteLogits
 
 VOCAB = 7
 Damage = dict[tuple[int, ...], float]
@@ -323,3 +323,22 @@ def test_damage_to_many_prompts_is_told_in_one_line() -> None:
     ) as caught:
         run(decoder, [[token] for token in range(7)], SamplingSection(), frozenset(), random_uniforms(7, 3))
     assert caught.value.prompts == (0, 1, 2, 3, 4, 5)
+
+
+def test_what_the_group_agrees_on_is_what_answers_go_on_with() -> None:
+    """Tokens and log-probs of another process, which has drawn a stop where this one has not."""
+
+    def agree(drawn: Drawn) -> Drawn:
+        tokens, logprobs, sampled = drawn
+        return torch.full_like(tokens, 5), logprobs - 1, sampled - 2
+
+    sampling, stops = SamplingSection(max_new_tokens=4, temperature=0), frozenset({5})
+    prompts, uniforms = [[1, 2], [3]], random_uniforms(2, 4)
+    plain = run(ToyDecoder(), prompts, SamplingSection(max_new_tokens=1, temperature=0), stops, uniforms[:, :1])
+    batch = ContinuousBatch(ToyDecoder(), ToyCache(2, 9), 2, prompts, sampling, stops, uniforms, 1, 100, agree)
+    agreed = sorted(batch.run(), key=lambda one: one.answer)
+    for one, alone in zip(agreed, sorted(plain, key=lambda one: one.answer), strict=True):
+        assert one.tokens.tolist() == [5]
+        assert one.stopped
+        torch.testing.assert_close(one.logprobs, alone.logprobs - 1)
+        assert one.sampled_logprobs.tolist() == [-2]

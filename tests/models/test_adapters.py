@@ -148,13 +148,19 @@ def test_adapters_are_drawn_from_the_seed_and_from_nothing_else() -> None:
         ("gpt2", ["attn.c_proj"], {"attn.c_proj"}),
         ("gpt2", ["c_proj"], {"attn.c_proj", "mlp.c_proj"}),
         ("opt", ["layers.1.fc1"], {"1.fc1"}),
+        ("llama", ["layers.*.q_proj"], {"self_attn.q_proj"}),
+        ("llama", ["*attn*"], {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}),
+        ("llama", ["[qv]_proj", "down_*"], {"self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"}),
+        ("opt", ["fc?"], {"0.fc1", "0.fc2", "1.fc1", "1.fc2"}),
+        ("gpt2", ["h.[!1].*.c_*"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
     ],
 )
-def test_names_choose_layers_by_their_ends(family: str, names: list[str], expected: set[str]) -> None:
+def test_names_and_patterns_choose_layers_by_their_ends(family: str, names: list[str], expected: set[str]) -> None:
     model = adapted(family, target_modules=names)
     layers = [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
     assert {".".join(name.split(".")[-2:]) for name in layers} == expected
-    assert len(layers) == (1 if "1." in names[0] else 2 * len(expected))
+    in_one_block = "1." in names[0] or "!1" in names[0] or names == ["fc?"]
+    assert len(layers) == (1 if in_one_block else 2) * len(expected)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +172,11 @@ def test_names_choose_layers_by_their_ends(family: str, names: list[str], expect
         ("llama", ["lm_head"], "lm_head"),
         ("llama", [""], ""),
         ("llama", ["input_layernorm"], "input_layernorm"),
+        ("llama", ["q_proj", "lm_*"], "lm_*"),
+        ("llama", ["layers.7.*"], "layers.7.*"),
+        ("llama", ["_proj*"], "_proj*"),
+        ("llama", ["Q_PROJ"], "Q_PROJ"),
+        ("opt-350m", ["project_*"], "project_*"),
     ],
 )
 def test_a_name_that_fits_nothing_is_refused_with_those_that_would(family: str, names: list[str], wrong: str) -> None:
@@ -420,6 +431,16 @@ def test_layers_that_share_their_last_name_with_others_are_written_in_full(tmp_p
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["target_modules"] == ["transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"]
     theirs = peft.PeftModel.from_pretrained(tiny_causal_lm("gpt2"), tmp_path / "adapter")
+    torch.testing.assert_close(outputs(theirs), outputs(model), atol=1e-5, rtol=1e-5)
+
+
+def test_layers_chosen_by_a_pattern_are_written_by_name(tmp_path: Path) -> None:
+    """peft would read a pattern in another way."""
+    model = adapted("llama", target_modules=["layers.1.*attn*"])
+    save(model, tmp_path)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["target_modules"] == [f"model.layers.1.self_attn.{n}_proj" for n in "koqv"]
+    theirs = peft.PeftModel.from_pretrained(tiny_causal_lm("llama"), tmp_path / "adapter")
     torch.testing.assert_close(outputs(theirs), outputs(model), atol=1e-5, rtol=1e-5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -177,6 +179,49 @@ def test_step_3_trains_adapters_against_the_same_model_without_them(
     again = tiny_recipe("--ppo.iterations=1", "--ppo.actor_learning_rate=1e-30", "--ppo.critic_learning_rate=1e-30")
     same = run_stage("ppo", again, tmp_path / "again", {**inputs, "sft": stage.directory / "actor"})
     assert same.summary["initial/ppo/eval_score"] == pytest.approx(stage.summary["ppo/eval_score"], abs=1e-4)
+
+
+def test_step_3_trains_the_head_against_the_model_with_the_head_from_before(
+    step_1: StageRun, step_2: StageRun, tmp_path: Path
+) -> None:
+    """It gets a matrix of its own, which the average follows; the embeddings stay, and the policy starts as its
+    reference."""
+    settings = ("--ppo.actor_lora.rank=2", "--ppo.actor_lora.train_heads=true", "--ppo.actor_learning_rate=2e-2")
+    inputs = {"sft": step_1.directory, "reward": step_2.directory}
+    stage = run_stage("ppo", tiny_recipe(*settings, "--ppo.kl_coef=0"), tmp_path / "run", inputs)
+    assert stage.summary["initial/ppo/eval_kl"] == pytest.approx(0, abs=1e-4)
+    assert abs(stage.summary["ppo/eval_kl"]) > 1e-3
+    start, actor, average = (
+        weights(d) for d in (step_1.directory, *(stage.directory / n for n in ("actor", "actor_ema")))
+    )
+    embedding = "model.decoder.embed_tokens.weight"
+    for end in (actor, average):
+        assert end.keys() == start.keys() | {"lm_head.weight"}
+        assert torch.equal(end[embedding], start[embedding])
+        assert not torch.equal(end["lm_head.weight"], start[embedding])
+    assert not torch.equal(actor["lm_head.weight"], average["lm_head.weight"])
+
+    again = tiny_recipe("--ppo.iterations=1", "--ppo.actor_learning_rate=1e-30", "--ppo.critic_learning_rate=1e-30")
+    same = run_stage("ppo", again, tmp_path / "again", {**inputs, "sft": stage.directory / "actor"})
+    assert same.summary["initial/ppo/eval_score"] == pytest.approx(stage.summary["ppo/eval_score"], abs=1e-4)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (the extra qlora)"
+)
+def test_a_run_on_packed_weights(tmp_path: Path, tiny_recipe_file: Path) -> None:
+    """All three steps; each saves a plain model of which it measured the results."""
+    sections = ("sft.lora", "reward.lora", "ppo.actor_lora", "ppo.critic_lora")
+    settings = [f"--{s}.{f}" for s in sections for f in ("rank=2", "quantise_base=nf4")]
+    run = tmp_path / "run"
+    assert train(tiny_recipe_file, run, *settings, "--sft.lora.train_heads=true") == 0
+    for name in ("sft", "reward", "ppo/actor", "ppo/actor_ema", "ppo/critic"):
+        assert {tensor.dtype for tensor in weights(run / name).values()} == {torch.float32}
+        assert "quant" not in (run / name / "config.json").read_text()
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["sft/eval_loss"] for line in log if "sft/eval_loss" in line]
+    again = run_stage("sft", tiny_recipe(f"--model.actor={run / 'sft'}", "--sft.max_steps=1"), tmp_path / "again")
+    assert again.summary["initial/sft/eval_loss"] == pytest.approx(min(measured), abs=1e-5)
 
 
 def test_the_reference_stays_the_model_of_step_1_whatever_the_adapters_become(step_1: StageRun) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import finished, stage_context, tiny_recipe
 from threefold.errors import TrainingError
 from threefold.stages import ppo
-from threefold.stages.ppo import Setup
+from threefold.stages.ppo_setup import Setup
 
 BROKEN = "model.decoder.layers.1.fc1.weight"
 Damage = Callable[[Setup], None]
@@ -24,7 +24,7 @@ def damaged_run(
 ) -> tuple[str, Path]:
     """Step 3 with `damage` done to its models before the first iteration; the message, and where failures lie."""
     context = stage_context("ppo", tiny_recipe(*overrides), output, finished(tiny_run))
-    set_up = ppo._set_up
+    set_up = ppo.set_up
 
     def damaged_set_up(given: object) -> Setup:
         setup = set_up(given)  # type: ignore[arg-type]
@@ -32,7 +32,7 @@ def damaged_run(
             damage(setup)
         return setup
 
-    monkeypatch.setattr(ppo, "_set_up", damaged_set_up)
+    monkeypatch.setattr(ppo, "set_up", damaged_set_up)
     with pytest.raises(TrainingError) as stopped:
         ppo.run(context)
     context.log.close()
@@ -58,6 +58,16 @@ def test_logits_that_are_not_finite(tiny_run: Path, tmp_path: Path, monkeypatch:
     again, _ = damaged_run(tiny_run, tmp_path / "..", monkeypatch, damage)
     assert str(failed / "ppo-0-steps") in message
     assert "ppo-0-steps" in again
+
+
+def test_a_tied_weight_is_counted_once(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damage(setup: Setup) -> None:
+        setup.learners.actor_forward.model.get_input_embeddings().weight[:, 0] = torch.nan
+
+    message, failed = damaged_run(tiny_run, tmp_path, monkeypatch, damage)
+    embeddings = "model.decoder.embed_tokens.weight"
+    assert f"1 weights of the actor are not finite, the first is {embeddings} (norm nan)" in message
+    assert "lm_head.weight" not in json.loads((failed / "ppo-0-steps" / "weight_norms.json").read_text())
 
 
 def test_a_second_failure_keeps_what_the_first_left(

@@ -13,9 +13,11 @@ import torch
 
 from tests.tiny import finished, run_stage, stage_context, tiny_recipe, without_times
 from threefold.data.prepare import PreparedPrompt
+from threefold.engine.distributed import World
 from threefold.stages import ppo
 from threefold.stages.context import StageContext
 from threefold.stages.overlap import ScoringBeside
+from threefold.stages.ppo_setup import Setup, _scoring_stream, set_up
 from threefold.stages.rollout import Judgement, judge
 from threefold.types import Rollout
 
@@ -30,7 +32,7 @@ def context(tiny_run: Path, tmp_path: Path) -> Iterator[StageContext]:
     context.log.close()
 
 
-def first_prompts(setup: ppo.Setup, context: StageContext) -> list[PreparedPrompt]:
+def first_prompts(setup: Setup, context: StageContext) -> list[PreparedPrompt]:
     return next(ppo.prompt_batches(setup.prompts, context.recipe.ppo, seed=0))
 
 
@@ -43,7 +45,7 @@ def assert_same(found: Judgement, expected: Judgement) -> None:
 
 
 def test_scores_are_those_of_scoring_afterwards(context: StageContext) -> None:
-    setup = ppo._set_up(context)
+    setup = set_up(context)
     prompts = first_prompts(setup, context)
     beside = ScoringBeside(setup.scorers, prompts, TEMPERATURE, stream=None)
     told: list[int] = []
@@ -61,7 +63,7 @@ def test_scores_are_those_of_scoring_afterwards(context: StageContext) -> None:
 
 @pytest.mark.parametrize("order", [range(12), range(11, -1, -1), [5, 11, 0, 7, 1, 10, 2, 9, 3, 8, 4, 6]])
 def test_answers_may_finish_in_any_order(context: StageContext, order: list[int]) -> None:
-    setup = ppo._set_up(context)
+    setup = set_up(context)
     prompts = first_prompts(setup, context)
     rollouts = ppo.sample(context, setup, prompts, context.recipe.ppo.answers_per_prompt)
     beside = ScoringBeside(setup.scorers, prompts, TEMPERATURE, stream=None)
@@ -71,7 +73,7 @@ def test_answers_may_finish_in_any_order(context: StageContext, order: list[int]
 
 
 def test_what_does_not_fill_a_pass_is_scored_at_the_end(context: StageContext) -> None:
-    setup = ppo._set_up(context)
+    setup = set_up(context)
     prompts = first_prompts(setup, context)
     scorers = replace(setup.scorers, passes=type(setup.scorers.passes)(max_tokens=100_000))
     rollouts = ppo.sample(context, setup, prompts, context.recipe.ppo.answers_per_prompt)
@@ -88,7 +90,7 @@ def test_one_pass_at_a_time(context: StageContext) -> None:
         def query(self) -> bool:
             return False
 
-    setup = ppo._set_up(context)
+    setup = set_up(context)
     prompts = first_prompts(setup, context)
     rollouts = ppo.sample(context, setup, prompts, context.recipe.ppo.answers_per_prompt)
     busy: Any = Busy()
@@ -103,7 +105,7 @@ def test_a_run_with_it_is_a_run_without(tiny_run: Path, tmp_path: Path, monkeypa
     without = run_stage("ppo", recipe, tmp_path / "without", finished(tiny_run))
     made: list[ScoringBeside] = []
 
-    def scoring_beside(setup: ppo.Setup, prompts: list[PreparedPrompt], settings: Any) -> ScoringBeside:
+    def scoring_beside(setup: Setup, prompts: list[PreparedPrompt], settings: Any) -> ScoringBeside:
         made.append(ScoringBeside(setup.scorers, prompts, settings.sampling.temperature, None))
         return made[-1]
 
@@ -117,14 +119,19 @@ def test_a_run_with_it_is_a_run_without(tiny_run: Path, tmp_path: Path, monkeypa
 
 
 def test_where_it_is_used(context: StageContext) -> None:
-    setup = ppo._set_up(context)
+    setup = set_up(context)
     assert setup.scoring_stream is None, "not on a CPU"
     assert ppo._scoring_beside(setup, [], context.recipe.ppo) is None
     reference = setup.scorers.reference
     gpu = replace(context, device=torch.device("cuda"))
     adapters = replace(reference, is_actor=True)
-    assert ppo._scoring_stream(gpu, adapters) is None, "not where the reference is the actor with adapters off"
+    assert _scoring_stream(gpu, adapters) is None, "not where the reference is the actor with adapters off"
     never = replace(gpu, recipe=tiny_recipe("--generation.overlap_scoring=never"))
-    assert ppo._scoring_stream(never, reference) is None
+    assert _scoring_stream(never, reference) is None
+    for section in ("reference", "scorer"):
+        offloaded = replace(gpu, recipe=tiny_recipe(f"--parallel.{section}.offload=true"))
+        assert _scoring_stream(offloaded, reference) is None, "not where weights wait in host memory"
+    several = replace(gpu, world=World(size=2))
+    assert _scoring_stream(several, reference) is None
     with pytest.raises(AssertionError, match="adapters"):
         ScoringBeside(replace(setup.scorers, reference=adapters), [], TEMPERATURE, None)

@@ -17,6 +17,8 @@ from threefold.data.prepare import PreparedPrompt
 from threefold.errors import ConfigError, TrainingError
 from threefold.stages import ppo, ppo_update
 from threefold.stages.ppo import prompt_batches
+from threefold.stages.ppo_progress import Progress
+from threefold.stages.ppo_setup import set_up
 from threefold.stages.ppo_update import explained_variance
 from threefold.stages.rollout import make_experience
 from threefold.types import Experience, Message, Prompt, Rollout
@@ -107,11 +109,13 @@ def test_gradients_of_an_update_that_was_stopped_are_discarded(tiny_run: Path, t
     """Left behind, they would enter the next iteration's first step."""
     recipe = tiny_recipe("--ppo.target_kl=1e-9", "--ppo.minibatches=4")
     context = stage_context("ppo", recipe, tmp_path, finished(tiny_run))
-    setup = ppo._set_up(context)
+    setup = set_up(context)
     batch_of_prompts = next(prompt_batches(setup.prompts, recipe.ppo, recipe.run.seed))
     rollouts = ppo.sample(context, setup, batch_of_prompts)
     batch = make_experience(batch_of_prompts, rollouts, setup.scorers, recipe.ppo, 0.1)
-    assert ppo._update(context, setup, batch, 0)["policy/stopped_early"] == 1.0
+    progress = Progress(0.1, rollouts=rollouts, batch=batch)
+    assert ppo._update(context, setup, progress, None, lambda _: None)["policy/stopped_early"] == 1.0
+    assert progress.update.done == 1
     for engine in (setup.learners.actor, setup.learners.critic):
         assert engine.num_steps == 1
         assert all(parameter.grad is None for parameter in engine.model.parameters())

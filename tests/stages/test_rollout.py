@@ -17,7 +17,7 @@ from tests.tiny import tiny_recipe
 from threefold.config.recipe import PPOSection
 from threefold.data.chat import ChatFormat, build_chat_format, ensure_pad_token
 from threefold.data.prepare import PreparedPrompt
-from threefold.engine.train import MicroBatching
+from threefold.engine.sharing import MicroBatching
 from threefold.errors import ConfigError, DataError
 from threefold.inference.generate import generate
 from threefold.models.forward import CausalForward

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from threefold.bench.options import BenchOptions
 from threefold.bench.random_models import random_causal_lm, random_scalar_model
 from threefold.bench.results import Measurement
-from threefold.bench.shapes import Shape
 from threefold.bench.workload import Workload
 from threefold.config.recipe import EMASection, GenerationSection, LoRASection, PPOSection, SamplingSection
 from threefold.data.chat import ChatFormat
@@ -24,12 +23,14 @@ from threefold.data.prepare import PreparedPrompt
 from threefold.engine.device import precision
 from threefold.engine.hybrid import HybridEngine
 from threefold.engine.phases import PhaseMeter
-from threefold.engine.train import TrainEngine, micro_batching
+from threefold.engine.sharing import micro_batching
+from threefold.engine.train import TrainEngine
 from threefold.inference.generate import PREFILL_TOKENS, PREFILL_TOKENS_OF_GPU, GenerationLimits, num_slots
 from threefold.inference.sampling import draw_uniforms
 from threefold.inference.scheduler import ContinuousBatch
 from threefold.models.adapters import add_lora
 from threefold.models.forward import CausalForward
+from threefold.models.shapes import Shape
 from threefold.stages.ppo import AUTO_PARITY_BOUND
 from threefold.stages.ppo_update import Learners, critic_pass_of, update
 from threefold.stages.rollout import Reference, RewardScorer, Scorers, make_experience

@@ -18,7 +18,7 @@ class BenchOptions:
     """Settings of one benchmark; a value that cannot work is a ConfigError that names its flag.
 
     Attributes:
-        actor, critic: names of published shapes, or sizes (see `bench.shapes.find_shape`). The reference has the
+        actor, critic: names of published shapes, or sizes (see `models.shapes.find_shape`). The reference has the
             actor's shape, the reward model the critic's.
         batch: prompts of an iteration.
         answers_per_prompt: answers to each.

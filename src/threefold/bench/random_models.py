@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from threefold.bench.shapes import Shape, model_config
 from threefold.config.recipe import LoRASection
 from threefold.errors import ConfigError
 from threefold.models.adapters import add_lora
 from threefold.models.loading import use_fast_kernels
+from threefold.models.shapes import Shape, model_config
 
 WEIGHT_STD = 0.02
 FLOAT_BYTES = 4

@@ -21,15 +21,15 @@ from threefold.bench.perf_formulas import PerfSizes
 from threefold.bench.random_models import activation_bytes, check_memory, memory_need, plan_models, random_causal_lm
 from threefold.bench.report import print_report, write_json
 from threefold.bench.results import Counted, Measurement, iteration_metrics, medians
-from threefold.bench.shapes import Shape, find_shape
 from threefold.bench.workload import LengthPairs, draw_workloads, length_pairs
 from threefold.config.recipe import RunSection
 from threefold.engine.device import make_repeatable, pick_device, pick_dtype
-from threefold.engine.train import micro_batching
+from threefold.engine.sharing import micro_batching
 from threefold.errors import ConfigError
 from threefold.machine.memory import free_bytes, resident_bytes, return_freed_memory
 from threefold.machine.rates import MeasuredRate, bandwidth, matrix_rate
 from threefold.metrics import RunLog
+from threefold.models.shapes import Shape, find_shape
 
 
 @dataclass(frozen=True)

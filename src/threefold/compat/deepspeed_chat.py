@@ -1,30 +1,27 @@
 """The two commands that DeepSpeed-Chat's users know, as recipes of threefold.
 
 `python train.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type single_gpu` stands
-for a recipe with the hyper-parameters that DeepSpeed-Chat ships for one GPU, as far as threefold has the field. What
-differs, and why:
-
-- Step 1 trains the whole model at 9.65e-6, the rate of their whole-model scripts: their one-GPU script trains a LoRA
-  at 1e-3.
-- Their gradient accumulation (8, 4 and 2 micro-batches of 16) is the batch size here. In step 3 two of their generation
-  batches come from the same weights before one optimizer step, which is one iteration of 32 prompts.
-- Step 1 trains on the assistant's tokens (theirs: on all), with dropout 0 (theirs: as the model has it).
-- Answers are sampled, rewards normalised and advantages whitened, as threefold's defaults have it.
-- Their scripts drop prompts that are too long, so this does (data.long_rows).
+for a recipe with the hyper-parameters that DeepSpeed-Chat ships for one GPU, as far as threefold has the field, and so
+do single_node and multi_node; compat/deployments.py says what differs.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from threefold.compat.deployments import GPUS_PER_NODE, NODES, parallel_settings, script_for, settings_of
 from threefold.config.arguments import CommandParser, add_step_flag, chosen_steps
 from threefold.config.load import dump_recipe, load_recipe
 from threefold.config.recipe import Recipe
+from threefold.engine.distributed import launched
 from threefold.errors import ConfigError
+from threefold.launch.flags import add_machine_flags, with_machine_flags
+from threefold.launch.start import start
 from threefold.pipeline import run_pipeline
 from threefold.serve.chat import run_chat
 from threefold.serve.options import ChatOptions
@@ -32,42 +29,7 @@ from threefold.serve.options import ChatOptions
 _OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
 _NO_DATA = "PAIRS.jsonl"
 """What the printed recipe says where no data were given; it is not run."""
-_SINGLE_GPU: dict[str, object] = {
-    "run.seed": 1234,
-    "model.chat_template": "dialogue",
-    "data.split": [2, 4, 4],
-    "data.max_length": 512,
-    "data.max_prompt_length": 256,
-    "data.long_rows": "drop",
-    "sft.learning_rate": 9.65e-6,
-    "sft.weight_decay": 0.0,
-    "sft.scheduler": "cosine",
-    "sft.warmup_steps": 0,
-    "sft.epochs": 1,
-    "sft.batch_size": 128,
-    "sft.micro_batch_size": 16,
-    "reward.learning_rate": 5e-5,
-    "reward.weight_decay": 0.1,
-    "reward.scheduler": "cosine",
-    "reward.warmup_steps": 0,
-    "reward.epochs": 1,
-    "reward.batch_size": 64,
-    "reward.micro_batch_size": 16,
-    "reward.dropout": 0.0,
-    "ppo.epochs": 1,
-    "ppo.prompts_per_iteration": 32,
-    "ppo.ppo_epochs": 1,
-    "ppo.minibatches": 1,
-    "ppo.micro_batch_size": 16,
-    "ppo.actor_learning_rate": 9.65e-6,
-    "ppo.critic_learning_rate": 5e-6,
-    "ppo.actor_weight_decay": 0.0,
-    "ppo.critic_weight_decay": 0.0,
-    "ppo.scheduler": "cosine",
-    "ppo.warmup_steps": 100,
-    "ppo.sampling.max_new_tokens": 256,
-    "ppo.ema.enabled": False,
-}
+_DEPLOYMENTS = ("single_gpu", "single_node", "multi_node")
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -78,17 +40,22 @@ def train(arguments: Sequence[str]) -> None:
     """
     recipe, steps, output_dir = read_train_flags(arguments)
     without_data = recipe.data.sources == [_NO_DATA]
-    sys.stdout.write(
-        "# These flags stand for the recipe below. Saved as recipe.toml, it runs with:\n"
-        f"#   threefold train recipe.toml --output-dir {output_dir}\n\n{dump_recipe(recipe, only_set=True)}\n"
-    )
-    sys.stdout.flush()
+    if not launched():
+        _print(recipe, output_dir)
     if without_data:
         raise ConfigError(
             "no data: give --data-path FILE ... (json, jsonl or jsonl.gz with prompt, chosen and rejected); "
             "Dahoas/rm-static, DeepSpeed-Chat's default, cannot be fetched from the Hub yet"
         )
-    run_pipeline(recipe, steps, output_dir)
+    start(recipe, lambda: run_pipeline(recipe, steps, output_dir), ["deepspeed-chat", *arguments])
+
+
+def _print(recipe: Recipe, output_dir: Path) -> None:
+    sys.stdout.write(
+        "# These flags stand for the recipe below. Saved as recipe.toml, it runs with:\n"
+        f"#   threefold train recipe.toml --output-dir {output_dir}\n\n{dump_recipe(recipe, only_set=True)}\n"
+    )
+    sys.stdout.flush()
 
 
 def chat(arguments: Sequence[str]) -> None:
@@ -111,19 +78,18 @@ def read_train_flags(arguments: Sequence[str]) -> tuple[Recipe, tuple[int, ...],
     parser = _train_parser()
     own, overrides = parser.split(arguments)
     flags = parser.parse_own(own)
-    _refuse_what_comes_later(flags.deployment_type, flags.actor_zero_stage, flags.reward_zero_stage)
     actor, reward = _model_id("actor", flags.actor_model), _model_id("reward", flags.reward_model)
     settings = {
         "run.name": _run_name(actor, reward),
         "model.actor": actor,
         "model.reward": reward,
         "data.sources": _local_files(flags.data_path),
-        **_SINGLE_GPU,
+        **_deployment(flags, actor),
     }
     stands_for = [
         f"--{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in settings.items()
     ]
-    recipe = load_recipe(None, [*stands_for, *overrides])
+    recipe = load_recipe(None, [*stands_for, *with_machine_flags(flags, overrides)])
     return recipe, chosen_steps(flags), flags.output_dir or Path(recipe.run.output_dir or "output")
 
 
@@ -137,22 +103,52 @@ def _train_parser() -> CommandParser:
     parser.add_argument("--actor-model", default="1.3b", metavar="MODEL", help=model_help)
     parser.add_argument("--reward-model", default="350m", metavar="MODEL", help=model_help)
     parser.add_argument("--data-path", nargs="+", default=[], metavar="FILE", help="json, jsonl or jsonl.gz files")
-    parser.add_argument("--deployment-type", default="single_gpu", metavar="TYPE", help="single_gpu")
+    deployments = "single_gpu (default), single_node: all GPUs here, or multi_node"
+    parser.add_argument("--deployment-type", default="single_gpu", metavar="TYPE", help=deployments)
+    parser.add_argument("--num-gpus", type=int, default=0, metavar="N", help="processes per machine (default: GPUs)")
+    parser.add_argument("--num-nodes", type=int, default=0, metavar="N", help="machines of multi_node (default: 8)")
+    add_machine_flags(parser)
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: output")
-    parser.add_argument("--actor-zero-stage", default="", metavar="N", help="0 is the only stage so far")
-    parser.add_argument("--reward-zero-stage", default="", metavar="N", help="0 is the only stage so far")
+    stage = "0, 1, 2 or 3 (default: as DeepSpeed-Chat has it for the deployment type)"
+    parser.add_argument("--actor-zero-stage", default="", metavar="N", help=stage)
+    parser.add_argument("--reward-zero-stage", default="", metavar="N", help="of reward model and critic: " + stage)
+    parser.add_argument("--offload", action="store_true", help="optimizer state, in stage 3 also weights, to the host")
     add_step_flag(parser)
     return parser
 
 
-def _refuse_what_comes_later(deployment_type: str, actor_zero_stage: str, reward_zero_stage: str) -> None:
-    if deployment_type in ("single_node", "multi_node"):
-        raise ConfigError(f"--deployment-type {deployment_type} comes with multi-process training: use single_gpu")
-    if deployment_type != "single_gpu":
-        raise ConfigError(f"--deployment-type {deployment_type!r} is not known: use single_gpu")
-    for flag, stage in (("--actor-zero-stage", actor_zero_stage), ("--reward-zero-stage", reward_zero_stage)):
-        if stage not in ("", "0"):
-            raise ConfigError(f"{flag} {stage} comes with multi-process training: leave the flag out")
+def _deployment(flags: argparse.Namespace, actor: str) -> dict[str, object]:
+    """The fields that the deployment type stands for."""
+    kind = flags.deployment_type
+    if kind not in _DEPLOYMENTS:
+        raise ConfigError(f"--deployment-type {kind!r} is not known: use {', '.join(_DEPLOYMENTS)}")
+    for flag, value in (("--num-gpus", flags.num_gpus), ("--num-nodes", flags.num_nodes)):
+        if value < 0:
+            raise ConfigError(f"{flag} {value}: give a number above 0")
+    if kind == "single_gpu" and flags.num_gpus > 1:
+        raise ConfigError(f"--num-gpus {flags.num_gpus} needs --deployment-type single_node")
+    if kind != "multi_node" and flags.num_nodes > 1:
+        raise ConfigError(f"--num-nodes {flags.num_nodes} needs --deployment-type multi_node")
+    script = script_for(kind, actor)
+    per_node = 1 if kind == "single_gpu" else flags.num_gpus or GPUS_PER_NODE
+    nodes = (flags.num_nodes or NODES) if kind == "multi_node" else 1
+    actor_stage = _stage("--actor-zero-stage", flags.actor_zero_stage, script.zero_stage)
+    reward_stage = _stage("--reward-zero-stage", flags.reward_zero_stage, 0)
+    critic_stage = _stage("--reward-zero-stage", flags.reward_zero_stage, script.zero_stage)
+    settings = settings_of(script, per_node * nodes)
+    settings |= parallel_settings(actor_stage, reward_stage, critic_stage, flags.offload)
+    settings["launch.deployment"] = kind
+    if kind != "single_gpu" and flags.num_gpus and not flags.hostfile:
+        settings["launch.processes_per_node"] = flags.num_gpus
+    if kind == "multi_node" and not flags.hostfile:
+        settings["launch.nodes"] = nodes
+    return settings
+
+
+def _stage(flag: str, given: str, default: int) -> int:
+    if given not in ("", "0", "1", "2", "3"):
+        raise ConfigError(f"{flag} {given} is no ZeRO stage: give 0, 1, 2 or 3")
+    return int(given) if given else default
 
 
 def _model_id(which: str, given: str) -> str:

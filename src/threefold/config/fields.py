@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from threefold.config.recipe import Recipe, Section
+from threefold.config.recipe import Recipe
+from threefold.config.section import Section
 
 _MIN_LIKENESS = 0.5  # below it a suggestion would mislead more than it helps
 

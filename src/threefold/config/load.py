@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from threefold.config.fields import did_you_mean, iterate_fields, iterate_sections, recipe_paths, section_class
-from threefold.config.recipe import Recipe, Section
+from threefold.config.recipe import Recipe
+from threefold.config.section import Section
 from threefold.errors import ConfigError
 
 COMMAND_LINE = "command line"

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from threefold.config.scale import CheckpointSection, LaunchSection, ParallelSection
+from threefold.config.section import (
+    BelowOne,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown fields are errors, values are never changed after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
 
 class RunSection(Section):
@@ -150,8 +148,14 @@ class LoRASection(Section):
     dropout: BelowOne = 0.0
     """Dropout on what goes into A; must be 0 in step 3."""
     target_modules: Annotated[list[str], Field(min_length=1)] = ["all-linear"]
-    """Which linear layers of the transformer blocks: "all-linear", or the ends of their names, as in q_proj,v_proj. The
-    language-model head is never among them; a score head is always trained whole."""
+    """Which linear layers of the transformer blocks: "all-linear", or the ends of their names, as in q_proj,v_proj, in
+    which * stands for anything, as in layers.1*.fc? or *attn*. A name that fits no layer is an error."""
+    train_heads: bool = False
+    """Train the language-model head too, whole. One that is tied to the embeddings gets a matrix of its own, and so it
+    is saved. (The score head of a reward model or critic is trained in any case.)"""
+    quantise_base: Literal["none", "nf4"] = "none"
+    """nf4 keeps the frozen matrices of the blocks in 4 bits (QLoRA, Dettmers et al. 2023), by bitsandbytes: pip install
+    "threefold[qlora]". What is saved has these rounded matrices in full precision, the adapters added."""
 
     def effective_alpha(self) -> int:
         """alpha, its 0 resolved."""
@@ -161,6 +165,15 @@ class LoRASection(Section):
     def _all_or_names(self) -> LoRASection:
         if "all-linear" in self.target_modules and len(self.target_modules) > 1:
             raise ValueError('target_modules "all-linear" leaves nothing to add: give it alone, or give names')
+        return self
+
+    @model_validator(mode="after")
+    def _base_is_frozen(self) -> LoRASection:
+        if self.quantise_base != "none" and self.rank == 0:
+            raise ValueError(
+                f'quantise_base "{self.quantise_base}" is for weights that are not trained, and with rank 0 all are: '
+                'set rank above 0, or quantise_base to "none"'
+            )
         return self
 
 
@@ -178,6 +191,9 @@ class SupervisedSection(OptimizerSection):
     micro_batch_tokens: NonNegativeInt = 0
     """At most this many tokens, padding included, per forward pass; 0 means what suits the device (2048 on a CPU,
     16384 on a GPU). Examples of like length pass together. Does not change the result, only memory and speed."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside a block but compute them again: less memory, about a third more time. The gradient is
+    the same."""
     eval_every: NonNegativeInt = 0
     """Optimizer steps between evaluations; 0 evaluates at the end of each epoch."""
     max_eval_examples: PositiveInt = 512
@@ -227,6 +243,8 @@ class EMASection(Section):
     """Keep an exponential moving average of the actor and save it as ppo/actor_ema."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.992
     """ema <- decay * ema + (1 - decay) * actor, once per optimizer step, in float32."""
+    offload: bool = False
+    """Keep the average in host memory. It is sharded as the actor is (parallel.actor.zero_stage)."""
 
 
 class MixtureSection(Section):
@@ -383,6 +401,9 @@ class PPOSection(Section):
 class GenerationSection(Section):
     """How the hybrid engine decodes: speed and memory, never which answers are likely."""
 
+    inference_tp_size: PositiveInt = 1
+    """Processes that share one copy of the actor while it generates, each with its part of the heads and of the
+    feed-forward layers (tensor parallelism); must divide the number of processes and the model's attention heads."""
     max_rows: NonNegativeInt = 0
     """At most this many answers decoded together, the others wait for a place; 0 means as many as the memory for keys
     and values holds, and 64 at most on a CPU."""
@@ -424,3 +445,6 @@ class Recipe(Section):
     ppo: PPOSection = PPOSection()
     generation: GenerationSection = GenerationSection()
     evaluate: EvaluateSection = EvaluateSection()
+    parallel: ParallelSection = ParallelSection()
+    launch: LaunchSection = LaunchSection()
+    checkpoint: CheckpointSection = CheckpointSection()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,23 @@ def pick_device(name: str) -> torch.device:
     """The device of run.device; "auto" is a GPU if there is one, else the CPU."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if has_cuda else "cpu")
+        name = "cuda" if has_cuda else "cpu"
     if (name == "cuda" and not has_cuda) or (name == "mps" and not has_mps):
         raise ConfigError(f'run.device = "{name}": PyTorch finds no such device here; set run.device = "auto" or "cpu"')
+    if name == "cuda":
+        _take_own_gpu()
     return torch.device(name)
+
+
+def _take_own_gpu() -> None:
+    """Of the processes of a machine each has a GPU of its own: the one of its number, or the only one that it sees."""
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise ConfigError(
+            f"process {local_rank + 1} of this machine has no GPU: there are {count}; start fewer "
+            '(launch.processes_per_node), or set run.device = "cpu"'
+        )
+    torch.cuda.set_device(local_rank if count > 1 else 0)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -39,13 +53,16 @@ def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def make_repeatable(run: RunSection) -> None:
+def make_repeatable(run: RunSection, rank: int = 0) -> None:
     """Seed every global generator and fix the number of threads: the same recipe gives the same numbers on one
-    machine. Freed memory is kept for the next phase, and attention on a GPU is left to kernels that take any shape:
-    cuDNN's plans each new one for up to seconds, and passes cut by length have a new one each time."""
-    random.seed(run.seed)
-    numpy.random.seed(run.seed % 2**32)
-    torch.manual_seed(run.seed)
+    machine. Processes draw different numbers, for what they drop out is of different sequences.
+
+    Freed memory is kept for the next phase, and attention on a GPU is left to kernels that take any shape: cuDNN's
+    plans each new one for up to seconds, and passes cut by length have a new one each time.
+    """
+    random.seed(run.seed + rank)
+    numpy.random.seed((run.seed + rank) % 2**32)
+    torch.manual_seed(run.seed + rank)
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     keep_freed_memory()

@@ -1,4 +1,5 @@
-"""One transformer over the weights that train, without a copy of them, for every family of the table.
+"""One transformer for every family of the table, over the weights that train, without a copy of them, or over an
+`Arena` of them, where they are sharded or several processes decode together.
 
 Two operations: `prefill` computes prompts and fills their rows of the cache, `step` appends one token to every live
 row. Both return float32 logits of the next token. Callers run them without gradients.
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from threefold.inference.arena import Arena
 from threefold.inference.attention import (
     Group,
     RotaryTable,
@@ -28,11 +30,11 @@ from threefold.inference.families import (
     NotCoveredError,
     Positions,
     Residual,
-    alibi_slopes,
     architecture_of,
 )
 from threefold.inference.kv_cache import CacheLayout, KVCache
 from threefold.inference.weights import BlockMaps, Images, Maps, Weights, read_weights, reference_maps
+from threefold.machine.linear import PackedLinear
 
 Attend = Callable[[int, Tensor], Tensor]
 """(layer, heads [N, Hq + 2 H, Dh], rotated) -> attention [N, Hq * Dh]."""
@@ -42,7 +44,13 @@ class Decoder:
     """Decoding over a model's own parameters.
 
     The parameters are looked up in the model's modules at each `prefill` and `pack`: what an optimizer writes in place,
-    what replaces a parameter and what switches adapters on or off is seen from the next prompt on.
+    what replaces a parameter and what switches adapters on or off is seen from the next prompt on. With an arena the
+    weights are those that it was last filled with.
+
+    Args:
+        architecture: of the model, or of the arena.
+        arena: to be filled before prompts are read; its weights have to be forgotten (`release`) for its memory to
+            be free.
 
     Attributes:
         layout, dtype: of the cache that it wants.
@@ -52,8 +60,14 @@ class Decoder:
             for one value.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, cache_dtype: torch.dtype | None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        cache_dtype: torch.dtype | None,
+        arena: Arena | None = None,
+    ) -> None:
+        self.model, self._arena = model, arena
         self.architecture = architecture
         self.layout = CacheLayout(architecture.num_layers, architecture.num_kv_heads, architecture.head_dim)
         self.context_length = architecture.context_length
@@ -63,23 +77,25 @@ class Decoder:
         self._slopes: Tensor | None = None
         self._packed_versions: list[int] = []
         self._weights = self._read()
+        self._place = self._where()
         self._step_maps = self._maps
         self.dtype = cache_dtype or self._weights.token_embedding.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._weights.token_embedding.device
+        return self._weights.token_embedding.device if self._arena is None else self._arena.device
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
-        """The model's parameters that it reads; a matrix that is stored [in, out] as its transposed view."""
+        """The model's parameters that it reads; a matrix that is stored [in, out] as its transposed view. None of an
+        arena's."""
         return self._weights.sources
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
-        return len(self._weights.head.weight)
+        return self._weights.vocab_size
 
     def bytes_per_row(self, capacity: int) -> int:
         """Memory of one sequence of up to `capacity` tokens in the cache, at most."""
@@ -93,24 +109,40 @@ class Decoder:
 
     def _read(self) -> Weights:
         """Look the weights up anew; what `step` reads follows unless it is packed."""
-        weights = read_weights(self.model, self.architecture)
+        weights = read_weights(self.model, self.architecture) if self._arena is None else self._arena.weights
         self._maps = reference_maps(weights, self.architecture)
         return weights
 
+    def _where(self) -> tuple[torch.device, torch.dtype, list[int]]:
+        """Device and type of the embeddings, and every address that a step may read."""
+        embedding = self._weights.token_embedding
+        read = self._weights.sources if self._arena is None else (embedding,)  # of an arena one says where all are
+        return self.device, embedding.dtype, [tensor.data_ptr() for tensor in read]
+
     def _look_up(self) -> None:
         """Read the weights anew, and notice what is no longer where it was."""
-        old, self._weights = self._weights, self._read()
-        if [s.data_ptr() for s in old.sources] != [s.data_ptr() for s in self._weights.sources]:
+        self._weights = self._read()
+        (old_device, old_dtype, old_addresses), self._place = self._place, self._where()
+        device, dtype, addresses = self._place
+        if old_addresses != addresses:
             self.bindings += 1
-        now = self._weights.token_embedding
-        if old.token_embedding.device != now.device or old.token_embedding.dtype != now.dtype:
+        if old_device != device or old_dtype != dtype:
             self._slopes = self._rotary = None
-        if old.token_embedding.device != now.device:
+        if old_device != device:
             self._images = None
+
+    def release(self) -> None:
+        """Empty the arena; nothing here refers to its memory any longer."""
+        assert self._arena is not None
+        self.unpack()
+        self._arena.release()
+        self._weights = self._read()
+        self._step_maps = self._maps
 
     def _bind(self) -> None:
         """Make sure that prompts and steps see the parameters as they are now."""
         self._look_up()
+        assert not self._weights.token_embedding.is_meta, "the arena is empty"
         if self._images is None:
             self._step_maps = self._maps
         elif self._versions() != self._packed_versions:
@@ -118,7 +150,7 @@ class Decoder:
 
     def _versions(self) -> list[int]:
         """Changes with every write to a parameter that trains, and with every parameter that is replaced."""
-        sources = self._weights.sources
+        sources = self._weights.sources if self._arena is None else (self._weights.token_embedding,)
         return [number for s in sources for number in (s.data_ptr(), 0 if s.is_inference() else s._version)]
 
     def _write_images(self) -> None:
@@ -132,9 +164,13 @@ class Decoder:
         On the CPU in the layout of its kernel; on a GPU in the decoder's dtype, query-key-value and gate-up joined,
         adapters merged, at addresses that stay until `unpack`. Takes the memory of one more set of weights in that
         dtype. Call it after each change of the weights, at the start of a rollout. Prompts read the parameters, but on
-        a GPU the images, which need no conversion.
+        a GPU the images, which need no conversion. An arena is as good as these already: of one only the images in a
+        CPU kernel's layout are made.
         """
         self._look_up()
+        if self._arena is not None and not PackedLinear.suits(self._weights.blocks[0].down.weight):
+            self._step_maps = self._maps
+            return
         if self._images is None or not self._images.stay_in_place:
             self._images = Images(self.architecture, rows, self.dtype)
             self.bindings += 1
@@ -153,7 +189,7 @@ class Decoder:
         """Rotation table or slopes for a cache of that capacity."""
         positions = self.architecture.family.positions
         if positions is Positions.ALIBI and self._slopes is None:
-            self._slopes = alibi_slopes(self.architecture.num_heads).to(self.device)
+            self._slopes = self.architecture.slopes.to(self.device)
         if positions not in (Positions.ROTARY_HALVES, Positions.ROTARY_NEIGHBOURS):
             return
         needed = min(capacity, self.context_length or capacity)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from threefold.models.loading import context_length
@@ -321,6 +322,8 @@ class Architecture:
         windows: per layer, the number of last positions that attention sees, itself included; None for all.
         query_scale: factor of query . key.
         context_length: positions that the model has, None without a limit.
+        group_rank, group_size: which of how many equal parts of the heads this is. (The widths of all parts make the
+            model's; `num_heads` and `num_kv_heads` are those of the part.)
     """
 
     family: Family
@@ -333,6 +336,19 @@ class Architecture:
     query_scale: float
     activation: Callable[[Tensor], Tensor]
     context_length: int | None
+    group_rank: int = 0
+    group_size: int = 1
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward network has a gate."""
+        return len(self.family.mlp) == 3
+
+    @property
+    def slopes(self) -> Tensor:
+        """`alibi_slopes` of the heads, [Hq]."""
+        slopes = alibi_slopes(self.num_heads * self.group_size)
+        return slopes[self.group_rank * self.num_heads :][: self.num_heads]
 
     @property
     def head_counts(self) -> tuple[int, int, int]:
@@ -366,6 +382,8 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 def _family_of(model: PreTrainedModel) -> Family:
     model_type = type(model)
+    if isinstance(model, FSDPModule):  # a class that `fully_shard` has made of the model's own
+        model_type = model_type.__bases__[1]
     if model_type.__module__.startswith("transformers.models."):
         for family in FAMILIES:
             if family.model_class == model_type.__name__:

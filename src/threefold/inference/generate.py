@@ -18,7 +18,7 @@ from threefold.errors import ConfigError, DataError
 from threefold.inference.decoder import make_decoder, why_not_covered
 from threefold.inference.fallback import FallbackDecoder
 from threefold.inference.sampling import draw_tokens, draw_uniforms
-from threefold.inference.scheduler import ContinuousBatch, Finished, NonFiniteLogits, TokenDecoder
+from threefold.inference.scheduler import Agree, ContinuousBatch, Finished, NonFiniteLogits, TokenDecoder
 from threefold.machine.memory import free_bytes, return_freed_memory
 from threefold.models.forward import CausalForward
 from threefold.types import Rollout
@@ -48,6 +48,24 @@ class GenerationLimits:
     prefill_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which prompts of a batch a process answers: each answer is the one that it would be in the whole batch.
+
+    Attributes:
+        prompt_numbers: of each prompt in the batch, from 0.
+        total_prompts: of the batch. All of its random numbers are drawn, also for a part without a prompt, so that
+            the generators of all processes go on alike.
+    """
+
+    prompt_numbers: Sequence[int]
+    total_prompts: int
+
+    def answer_numbers(self, answers_per_prompt: int) -> list[int]:
+        """Numbers of the answers in the batch."""
+        return [n * answers_per_prompt + answer for n in self.prompt_numbers for answer in range(answers_per_prompt)]
+
+
 def decoder_for(
     model: PreTrainedModel, note: Callable[[str], None], cache_dtype: torch.dtype | None = None
 ) -> TokenDecoder:
@@ -67,8 +85,10 @@ def decoder_for(
     return fallback
 
 
-def _check_room(limit: int | None, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    for index, prompt in enumerate(prompts):
+def _check_room(
+    limit: int | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, numbers: Sequence[int]
+) -> None:
+    for index, prompt in zip(numbers, prompts, strict=True):
         if not prompt:
             raise DataError(f"prompt {index + 1} of the batch is empty; a model needs at least one token to go on from")
         if limit is not None and len(prompt) + max_new_tokens > limit:
@@ -115,12 +135,26 @@ def finished_answers(
     policy_version: int = 0,
     answers_per_prompt: int = 1,
     limits: GenerationLimits = GenerationLimits(),
+    part: Part | None = None,
+    agree: Agree | None = None,
 ) -> Iterator[tuple[int, Rollout]]:
     """`generate`, each answer handed out as soon as it is finished, with its number: that of its prompt times
-    answers_per_prompt, plus its own."""
-    _check_room(decoder.context_length, prompts, sampling.max_new_tokens)
+    answers_per_prompt, plus its own.
+
+    Args:
+        part: which of the prompts of a larger batch these are; None: all of them.
+        agree: makes what was drawn the same on every process of a tensor-parallel group.
+    """
+    part = part or Part(range(len(prompts)), len(prompts))
+    assert len(part.prompt_numbers) == len(prompts)
+    _check_room(decoder.context_length, prompts, sampling.max_new_tokens, part.prompt_numbers)
+    if not part.total_prompts:
+        return
+    uniforms = draw_uniforms(part.total_prompts * answers_per_prompt, sampling.max_new_tokens, generator)
     if not prompts:
         return
+    if len(prompts) < part.total_prompts:
+        uniforms = uniforms[part.answer_numbers(answers_per_prompt)]
     longest = max(len(prompt) for prompt in prompts)
     num_answers = len(prompts) * answers_per_prompt
     slots = num_slots(decoder, longest, sampling.max_new_tokens, num_answers, limits)
@@ -131,9 +165,10 @@ def finished_answers(
         prompts,
         sampling,
         stop_ids,
-        draw_uniforms(num_answers, sampling.max_new_tokens, generator),
+        uniforms,
         answers_per_prompt,
         limits.prefill_tokens or PREFILL_TOKENS.get(decoder.device.type, PREFILL_TOKENS_OF_GPU),
+        agree,
     )
     for finished in batch.run():
         yield finished.answer, _rollout(prompts[finished.answer // answers_per_prompt], finished, policy_version)
@@ -198,7 +233,7 @@ def stream_tokens(
     """Decode one answer token by token; the stop token ends the stream and is not yielded."""
     if isinstance(decoder, CausalForward):
         decoder = FallbackDecoder(decoder)
-    _check_room(decoder.context_length, [prompt], sampling.max_new_tokens)
+    _check_room(decoder.context_length, [prompt], sampling.max_new_tokens, [0])
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=decoder.device)
     uniforms = draw_uniforms(1, sampling.max_new_tokens, generator).to(decoder.device)
     cache = decoder.new_cache(1, len(prompt) + sampling.max_new_tokens)

@@ -7,7 +7,6 @@ a decode step reads faster. The parameters are never written.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -15,10 +14,12 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from threefold.inference.families import NotCoveredError
 from threefold.machine.linear import PackedLinear, linear, linear_add, linear_relu
+from threefold.models.quantised import dequantised, is_quantised
 
 Map = Callable[[Tensor], Tensor]
 
@@ -169,10 +170,10 @@ def read_matrix(module: nn.Module, name: str) -> Matrix:
     """A linear module's matrix, be it torch's, transformers' Conv1D (stored [in, out]) or one that peft wrapped.
 
     A wrapped module is known by its attributes: base_layer, lora_A, lora_B, scaling, active_adapters, disable_adapters,
-    merged.
+    merged. A matrix that is packed in 4 bits is read as a new tensor, for who copies it on.
 
     Raises:
-        NotCoveredError: another kind of module, a quantised weight, or a variant of LoRA.
+        NotCoveredError: another kind of module, a weight quantised in another way, or a variant of LoRA.
     """
     if hasattr(module, "base_layer"):
         base = read_matrix(module.base_layer, name)  # type: ignore[arg-type]
@@ -180,9 +181,18 @@ def read_matrix(module: nn.Module, name: str) -> Matrix:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(module, nn.Linear | Conv1D) or not isinstance(weight, Tensor) or weight.ndim != 2:
         raise NotCoveredError(f"{name} is a {type(module).__name__}")
+    if is_quantised(module):
+        weight = _put_together(module)
     if not weight.is_floating_point():
         raise NotCoveredError(f"{name} has a weight of {weight.dtype}")
     return Matrix(weight.t() if isinstance(module, Conv1D) else weight, bias)
+
+
+def _put_together(module: Any) -> Tensor:
+    """A packed matrix, of which a shard tells no more than the shape of the whole."""
+    if isinstance(module.weight, DTensor):
+        return torch.empty(module.full_shape, device="meta")
+    return dequantised(module, torch.float32)
 
 
 def _active_adapters(module: Any, name: str) -> tuple[Adapter, ...]:
@@ -203,25 +213,42 @@ def _active_adapters(module: Any, name: str) -> tuple[Adapter, ...]:
     return tuple(adapters)
 
 
-def read_norm(module: nn.Module, name: str) -> tuple[Map, list[Tensor]]:
-    """A norm over the last dimension and its parameters: torch's LayerNorm, or a transformers RMSNorm."""
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the last dimension: torch's LayerNorm, or transformers' RMSNorm (which has no bias).
+
+    Attributes:
+        weight, bias: [D], by reference; a LayerNorm may have none.
+    """
+
+    shape: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    is_rms: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.is_rms:
+            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        assert self.weight is not None
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), self.shape, None, self.eps).to(x.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """Its parameters."""
+        return [t for t in (self.weight, self.bias) if t is not None]
+
+
+def read_norm(module: nn.Module, name: str) -> Norm:
+    """A module's norm, by reference.
+
+    Raises:
+        NotCoveredError: another kind of module.
+    """
     if isinstance(module, nn.LayerNorm):
-        apply: Map = functools.partial(
-            F.layer_norm,
-            normalized_shape=module.normalized_shape,
-            weight=module.weight,
-            bias=module.bias,
-            eps=module.eps,
-        )
-        return apply, [t for t in (module.weight, module.bias) if t is not None]
+        return Norm(tuple(module.normalized_shape), module.weight, module.bias, module.eps)
     if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "variance_epsilon", None), float):
         weight: Tensor = module.weight  # type: ignore[assignment]
-        shape, eps = (len(weight),), cast(float, module.variance_epsilon)
-
-        def rms_norm(x: Tensor) -> Tensor:
-            if x.dtype == weight.dtype:
-                return F.rms_norm(x, shape, weight, eps)
-            return weight * F.rms_norm(x.float(), shape, None, eps).to(x.dtype)
-
-        return rms_norm, [weight]
+        return Norm((len(weight),), weight, None, cast(float, module.variance_epsilon), is_rms=True)
     raise NotCoveredError(f"{name} is a {type(module).__name__}")

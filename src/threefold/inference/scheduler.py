@@ -11,7 +11,7 @@ in the tables of results.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +26,12 @@ from threefold.inference.sampling import draw_tokens
 SIMILAR_TOKENS = 16
 """Prompts that differ by less than this, or by a quarter, are prefilled together: padding them costs less than another
 call."""
+
+
+Drawn = tuple[Tensor, Tensor, Tensor]
+"""Tokens, and their two log-probabilities, as `draw_tokens` returns them."""
+Agree = Callable[[Drawn], Drawn]
+"""From what each process of a group has drawn to what all of them go on with."""
 
 
 class RowCache(Protocol):
@@ -127,6 +133,8 @@ class ContinuousBatch:
         cache: empty; `max_rows` of its rows are used.
         uniforms: [answers, R], from `draw_uniforms`.
         prefill_tokens: most tokens of prompts, padding included, in one prefill; a longer prompt is read alone.
+        agree: applied to what is drawn, where several processes decode the same answers together: all of them have to
+            see the same answers end.
     """
 
     def __init__(
@@ -140,11 +148,12 @@ class ContinuousBatch:
         uniforms: Tensor,
         answers_per_prompt: int,
         prefill_tokens: int,
+        agree: Agree | None = None,
     ) -> None:
         assert len(uniforms) == len(prompts) * answers_per_prompt
         self._decoder, self._cache, self._max_rows = decoder, cache, max_rows
         self._prompts, self._per_prompt, self._prefill_tokens = prompts, answers_per_prompt, prefill_tokens
-        self._sampling, self._stop_ids = sampling, stop_ids
+        self._sampling, self._stop_ids, self._agree = sampling, stop_ids, agree
         device = decoder.device
         self._stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
         self._longest = uniforms.shape[1]
@@ -275,7 +284,8 @@ class ContinuousBatch:
         if self._sampling.min_new_tokens:
             banned = places % self._longest < self._sampling.min_new_tokens
         uniforms = self._uniforms.index_select(0, places)
-        tokens, logprobs, sampled = draw_tokens(logits, self._sampling, uniforms, self._stops, banned)
+        drawn_here = draw_tokens(logits, self._sampling, uniforms, self._stops, banned)
+        tokens, logprobs, sampled = drawn_here if self._agree is None else self._agree(drawn_here)
         self._tokens[places] = tokens
         self._logprobs[places] = logprobs
         finite = logprobs.isfinite()

@@ -8,7 +8,8 @@ head is applied only where a token is a target (or at the last position, when de
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +18,25 @@ from transformers import PreTrainedModel
 from threefold.algo.logprobs import Entropy, chunked_logprobs
 from threefold.models.loading import score_statistics
 
+T = TypeVar("T")
+
+
+class Runner(Protocol):
+    """Runs a closure that calls a model, with whatever that needs (the gathering of sharded weights)."""
+
+    def __call__(self, closure: Callable[[], T], /) -> T: ...
+
+
+def directly(closure: Callable[[], T]) -> T:
+    """The runner of a model that is whole."""
+    return closure()
+
 
 class CausalForward:
     """A causal model seen as hidden states plus an output head.
+
+    Args:
+        model: whole, when this is made; `run_by` says how it runs once it is sharded.
 
     Most families are `lm_head(base_model(x))`; some scale or cap their logits after the head. A probe of three tokens
     decides whether the head may be applied alone; otherwise the model's own full forward gives the logits.
@@ -27,8 +44,14 @@ class CausalForward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._run: Runner = directly
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         self._head_is_plain = self._probe_head()
+
+    def run_by(self, run: Runner) -> CausalForward:
+        """From now on every forward pass is run by `run`."""
+        self._run = run
+        return self
 
     def _probe_head(self) -> bool:
         """Whether the head's input is the base model's output, and its output the logits.
@@ -107,10 +130,13 @@ class CausalForward:
         if bool(target_mask[:, 0].any()):
             raise ValueError("the first token of a sequence is predicted from nothing and cannot be a target")
         rows, columns = (_index_on(input_ids.device, i) for i in target_mask[:, 1:].nonzero(as_tuple=True))
-        states = self._states(input_ids)
-        return chunked_logprobs(
-            states[rows, columns], input_ids[rows, columns + 1], self._head, temperature, entropy=entropy
-        )
+        targets = input_ids[rows, columns + 1]
+
+        def logprobs() -> tuple[Tensor, Tensor]:
+            states = self._states(input_ids)
+            return chunked_logprobs(states[rows, columns], targets, self._head, temperature, entropy=entropy)
+
+        return self._run(logprobs)
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """Logits [B, V] (float32) of the token that follows the last column; `cache` holds what came before and is
@@ -121,8 +147,9 @@ class CausalForward:
             attention_mask: [B, cached + t] bool.
             position_ids: [B, t], each row counting its own real tokens from 0.
         """
-        states = self._states(input_ids, attention_mask, position_ids, cache)
-        return self._head(states[:, -1]).float()
+        return self._run(
+            lambda: self._head(self._states(input_ids, attention_mask, position_ids, cache)[:, -1]).float()
+        )
 
 
 def _index_on(device: torch.device, index: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -251,6 +253,7 @@ def save_model(
     directory: Path,
     stop_ids: frozenset[int] = frozenset(),
     pad_id: int | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a complete Hugging Face checkpoint: safetensors, config, tokenizer, chat template, generation config.
 
@@ -260,6 +263,8 @@ def save_model(
     Args:
         stop_ids: written to generation_config.eos_token_id of a causal model, so that any software stops where we do.
         pad_id: written to the config; sequence classification needs it to find the last real token.
+        state: the model's state dict with all its tensors whole, tied ones sharing memory, where the model has shards
+            of them.
     """
     if pad_id is not None:
         model.config.pad_token_id = pad_id
@@ -269,8 +274,8 @@ def save_model(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(stop_ids) or None, pad_token_id=pad_id
         )
     if has_lora(model):
-        model.save_pretrained(directory, state_dict=merged_state_dict(model))
-        save_adapter(model, directory / ADAPTER_DIRECTORY)
+        model.save_pretrained(directory, state_dict=merged_state_dict(model, state))
+        save_adapter(model, directory / ADAPTER_DIRECTORY, state)
     else:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=None if state is None else dict(state))
     tokenizer.save_pretrained(directory)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from threefold.checkpoint import RUN_FILE
+from threefold.checkpoint.files import RUN_FILE
 from threefold.config.recipe import SamplingSection
 from threefold.data.chat import ChatFormat, build_chat_format, ensure_pad_token, truncate_history
 from threefold.engine.device import pick_device

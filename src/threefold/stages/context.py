@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from threefold.checkpoint.training import Checkpointer, Saved, TrainingState
 from threefold.config.recipe import Recipe
+from threefold.config.scale import FrozenModelSection, TrainedModelSection
 from threefold.data.chat import BUILT_IN_TEMPLATES, ChatFormat, build_chat_format, ensure_pad_token
 from threefold.data.demo import train_tokenizer
 from threefold.data.prepare import load_examples
 from threefold.data.split import Share, Step, split_examples
-from threefold.errors import ConfigError
+from threefold.engine.distributed import ALONE, World
+from threefold.engine.parallel import ParallelModel, free_everywhere
+from threefold.errors import ConfigError, Preempted
+from threefold.interrupt import stop_requested
 from threefold.metrics import RunLog
+from threefold.models.forward import CausalForward
 from threefold.models.loading import (
     context_length,
     generation_stop_ids,
     grow_embeddings,
     load_causal_lm,
     load_tokenizer,
+    save_model,
 )
 from threefold.models.tiny import make_embedded_model
 from threefold.types import Example
@@ -37,8 +44,12 @@ class StageContext:
         recipe: the whole recipe.
         output: an empty directory to fill.
         inputs: directories of the finished stages that this one starts from, by stage name.
-        log: metrics and console.
+        log: metrics and console; those of the first process reach the user.
         device, dtype: where, and in which precision, to compute.
+        world: the processes of the run.
+        checkpoints: of this stage; None where none are kept.
+        saved: the checkpoint that the stage goes on from.
+        seconds: how long the stage has run, earlier attempts included.
     """
 
     recipe: Recipe
@@ -47,6 +58,58 @@ class StageContext:
     log: RunLog
     device: torch.device
     dtype: torch.dtype
+    world: World = ALONE
+    checkpoints: Checkpointer | None = None
+    saved: Saved | None = None
+    seconds: Callable[[], float] = lambda: 0.0
+
+    def safe_point(self, step: int, state: Callable[[], TrainingState]) -> None:
+        """A moment from which the stage can go on as if it had not stopped: write a checkpoint if one is due, and stop
+        if that was asked for. Collective; `step` counts such moments.
+
+        Raises:
+            Preempted: after a checkpoint, if a process was asked to stop.
+        """
+        if self.checkpoints is None or not self.checkpoints.due(step):
+            return
+        now = state()
+        surroundings = {"log_position": self.log.position(), "seconds": self.seconds()}
+        self.checkpoints.save(step, replace(now, values={**now.values, "stage": surroundings}))
+        self.checkpoints.stop_if_asked()
+
+    def parallel(
+        self, load: Callable[[], PreTrainedModel], section: TrainedModelSection | FrozenModelSection
+    ) -> ParallelModel:
+        """A model, loaded by one process of a machine at a time, on its device as the section says. Collective."""
+        offload = section.offload is True or section.offload == "all"
+        frozen_base = self.recipe.parallel.frozen_base
+        free = free_everywhere(self.world, self.device)  # before any process takes its part of it
+
+        def make() -> ParallelModel:
+            return ParallelModel(load(), self.world, self.device, section.zero_stage, offload, frozen_base, free)
+
+        model = self.world.in_turn(make) if section.zero_stage >= 2 else make()
+        model.check_agreement()
+        return model
+
+    def parallel_causal(
+        self, load: Callable[[], PreTrainedModel], section: TrainedModelSection | FrozenModelSection
+    ) -> tuple[ParallelModel, CausalForward]:
+        """`parallel` of a causal model, and its forward passes."""
+        made: list[CausalForward] = []
+
+        def probed() -> PreTrainedModel:
+            made.append(CausalForward(load()))
+            return made[0].model
+
+        parallel = self.parallel(probed, section)
+        return parallel, made[0].run_by(parallel.run)
+
+    def save_model(self, parallel: ParallelModel, chat: ChatFormat, directory: Path) -> None:
+        """Write a complete Hugging Face checkpoint of a model, whole, however it is spread. Collective."""
+        state = parallel.full_state()
+        if self.world.is_first:
+            save_model(parallel.model, chat.tokenizer, directory, chat.stop_ids, chat.pad_id, state)
 
     def shares(self) -> dict[Step, Share]:
         """All sources, read and split over the three steps; the same in every stage of a run."""
@@ -79,7 +142,7 @@ class StageContext:
             if added:
                 grow_embeddings(model, chat.tokenizer)
         self.check_length("data.max_length", self.recipe.data.max_length, model)
-        return model.to(self.device), chat
+        return model, chat
 
     def check_length(self, field: str, length: int, model: PreTrainedModel, which: str = "model") -> None:
         """Refuse a length, of one field or of a sum "a + b" of fields, that the model has no positions for."""
@@ -92,6 +155,16 @@ class StageContext:
         if length > limit:
             fix = f"lower one of them to make it {limit} or less" if "+" in field else f"set --{field} {limit} or less"
             raise ConfigError(f"{field} = {length} is longer than the {which}'s context of {limit} tokens; {fix}")
+
+
+def stop_if_asked(world: World) -> None:
+    """Leave where nothing needs to be saved, if a process was sent SIGTERM. Collective.
+
+    Raises:
+        Preempted: on every process.
+    """
+    if world.any(stop_requested()):
+        raise Preempted("stopped by SIGTERM; what is finished is kept, run the same command again to go on")
 
 
 def _with_template(

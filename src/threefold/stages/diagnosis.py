@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from threefold.checkpoint import write_json
+from threefold.checkpoint.files import write_json
+from threefold.engine.parallel import ParallelModel
 from threefold.errors import NonFiniteError
 
 SaveState = Callable[[Path], None]
 
 
-@torch.no_grad()
-def weight_norms(model: PreTrainedModel) -> dict[str, float]:
+def weight_norms(weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Euclidean norm of every weight, by its name; not finite where the weight is not."""
-    return {name: float(parameter.float().norm()) for name, parameter in model.named_parameters()}
+    return {name: float(weight.float().norm()) for name, weight in weights.items()}
 
 
-def describe_weights(model: PreTrainedModel, norms: dict[str, float]) -> str:
+def describe_weights(weights: Mapping[str, Tensor], norms: Mapping[str, float]) -> str:
     """The first weight that is not finite and how many are not, or else the weight of the largest norm."""
-    broken = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+    broken = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
     if broken:
         first = f"{broken[0]} (norm {norms[broken[0]]:g})"
         return f"{len(broken)} weights of the actor are not finite, the first is {first}"
@@ -31,11 +31,21 @@ def describe_weights(model: PreTrainedModel, norms: dict[str, float]) -> str:
     return f"all weights of the actor are finite, the largest norm is that of {largest} ({norms[largest]:g})"
 
 
+def _each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a state, tied ones under their first name only."""
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, weight in state.items():
+        if weight.is_floating_point():
+            once.setdefault(weight.data_ptr(), (name, weight))
+    return dict(once.values())
+
+
 @contextmanager
 def state_kept_if_broken(
-    where: Callable[[], str], actor: PreTrainedModel, directory: Callable[[], Path], save: SaveState
+    where: Callable[[], str], actor: ParallelModel, directory: Callable[[], Path], save: SaveState
 ) -> Iterator[None]:
     """Where numbers stop being finite inside the block: save the models, name the place and the weight, and stop.
+    Collective: numbers are found broken on every process or on none.
 
     Args:
         where: the place, for the message, as it is when it happens.
@@ -45,11 +55,15 @@ def state_kept_if_broken(
     try:
         yield
     except NonFiniteError as error:
-        target, norms = directory(), weight_norms(actor)
+        target = actor.world.from_first(directory)
         save(target)
+        weights = _each_once(actor.full_state())
+        if not actor.world.is_first:
+            raise
+        norms = weight_norms(weights)
         write_json(target / "weight_norms.json", {name: str(norm) for name, norm in norms.items()})
         raise NonFiniteError(
-            f"{where()}: {error}; {describe_weights(actor, norms)}. The models are in {target}; lower the learning "
+            f"{where()}: {error}; {describe_weights(weights, norms)}. The models are in {target}; lower the learning "
             "rate and run the command again: finished steps are kept"
         ) from error
 

@@ -9,24 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from threefold.algo.statistics import Estimate, distinct_n, mean_interval, pairwise_wins, wilson_interval
+from threefold.config.scale import FrozenModelSection
 from threefold.data.chat import ChatFormat
-from threefold.data.collate import collate_sequences
 from threefold.data.demo import clean_comparison, gold_score
 from threefold.data.prepare import PreparedPrompt, ppo_prompts, reward_pairs
 from threefold.data.split import Share, Step
-from threefold.engine.device import precision
-from threefold.engine.hybrid import HybridEngine
-from threefold.engine.train import MicroBatching, micro_batching
-from threefold.models.forward import CausalForward, answer_scores
+from threefold.engine.parallel import ParallelModel
+from threefold.engine.sharing import MicroBatching, micro_batching
+from threefold.models.forward import CausalForward
 from threefold.models.loading import load_causal_lm, load_scalar_model
-from threefold.stages.context import StageContext
-from threefold.stages.reward import pair_length
+from threefold.stages.answering import Answering
+from threefold.stages.context import StageContext, stop_if_asked
 from threefold.stages.rollout import Reference, RewardScorer, Scorers, per_rollout
 from threefold.types import Example, Rollout
 
@@ -59,11 +58,12 @@ def run(context: StageContext) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "answers_per_prompt": settings.answers_per_prompt,
         "models": {},
     }
-    reference = CausalForward(load_causal_lm(str(models["sft"])).to(context.device))
+    reference = _model(context, models["sft"])
     with context.log.progress("compare", len(models)) as bar:
         for name, directory in models.items():
-            forward = reference if name == "sft" else CausalForward(load_causal_lm(str(directory)).to(context.device))
-            answers[name] = _answer(context, forward, chat, scorer, repeated)
+            stop_if_asked(context.world)
+            model = reference if name == "sft" else _model(context, directory)
+            answers[name] = _answer(context, model, chat, scorer, repeated)
             kl = _kl(context, chat, reference, scorer, answers[name].rollouts)
             result["models"][name] = _describe(answers[name], answers["sft"], kl, settings.answers_per_prompt)
             bar.advance()
@@ -77,43 +77,37 @@ def _has_gold(context: StageContext) -> bool:
     return set(context.recipe.data.sources) == {"demo"}
 
 
+Model = tuple[ParallelModel, CausalForward]
+
+
+def _model(context: StageContext, directory: Path) -> Model:
+    """A model that answers, spread as the actor is."""
+    stage = 3 if context.recipe.parallel.actor.zero_stage >= 2 else 0
+    section = FrozenModelSection(zero_stage=stage)
+    return context.parallel_causal(lambda: load_causal_lm(str(directory)).requires_grad_(False), section)
+
+
 def _scorer(context: StageContext, chat: ChatFormat) -> RewardScorer:
     source = str(context.inputs["reward"])
     reward_chat, _ = context.chat_format(source)
-    model = load_scalar_model(source).to(context.device)
-    return RewardScorer(
-        model,
-        reward_chat,
-        chat,
-        context.recipe.model.retokenise_for_reward,
-        context.device,
-        context.dtype,
-        _passes(context),
-    )
+    model = context.parallel(lambda: load_scalar_model(source).requires_grad_(False), context.recipe.parallel.scorer)
+    allow = context.recipe.model.retokenise_for_reward
+    where = (context.device, context.dtype, _passes(context, model))
+    return RewardScorer(model.model, reward_chat, chat, allow, *where, model)
 
 
-def _passes(context: StageContext) -> MicroBatching:
-    return micro_batching(0, context.recipe.ppo.micro_batch_tokens, context.device)
+def _passes(context: StageContext, model: ParallelModel) -> MicroBatching:
+    return micro_batching(0, context.recipe.ppo.micro_batch_tokens, context.device, context.world, model.sharded)
 
 
 def _answer(
-    context: StageContext,
-    forward: CausalForward,
-    chat: ChatFormat,
-    scorer: RewardScorer,
-    prompts: Sequence[PreparedPrompt],
+    context: StageContext, model: Model, chat: ChatFormat, scorer: RewardScorer, prompts: Sequence[PreparedPrompt]
 ) -> Answers:
     """Sample as step 3 does, every model from the same random numbers."""
     generator = torch.Generator(context.device).manual_seed(context.recipe.run.seed + 2)
     per_prompt = context.recipe.evaluate.answers_per_prompt
-    engine = HybridEngine(forward, context.recipe.generation, context.device, context.dtype, lambda _: None)
-    rollouts = engine.generate(
-        [prompt.ids for prompt in prompts[::per_prompt]],
-        context.recipe.ppo.sampling,
-        chat.stop_ids,
-        generator,
-        answers_per_prompt=per_prompt,
-    )
+    answering = Answering(context, *model)
+    rollouts = answering(prompts, context.recipe.ppo.sampling, chat.stop_ids, generator, per_prompt)
     texts = [chat.decode_exactly(rollout.response_ids.tolist()) for rollout in rollouts]
     scores = scorer([p.prompt.messages for p in prompts], rollouts).tolist()
     gold = []
@@ -126,11 +120,13 @@ def _answer(
 
 
 def _kl(
-    context: StageContext, chat: ChatFormat, reference: CausalForward, scorer: RewardScorer, rollouts: Sequence[Rollout]
+    context: StageContext, chat: ChatFormat, reference: Model, scorer: RewardScorer, rollouts: Sequence[Rollout]
 ) -> list[float]:
     """KL(model || step 1) of each answer, nats, from its own samples."""
-    judge = Reference(reference)
-    scorers = Scorers(judge, scorer.model, scorer, chat.pad_id, context.device, context.dtype, _passes(context))
+    parallel, forward = reference
+    judge = Reference(forward, parallel=parallel)
+    where = (context.device, context.dtype, _passes(context, parallel))
+    scorers = Scorers(judge, scorer.model, scorer, chat.pad_id, *where)
     temperature = context.recipe.ppo.sampling.temperature
     ref = per_rollout(rollouts, scorers, lambda batch: judge.logprobs(batch, temperature))
     return [float((rollout.logprobs - other).sum()) for rollout, other in zip(rollouts, ref, strict=True)]
@@ -189,14 +185,8 @@ def _clean_accuracy(context: StageContext, shares: dict[Step, Share], scorer: Re
         clean.append(Example(example.prompt, answers[0], answers, example.origin))
     chat, _ = context.chat_format(str(context.inputs["reward"]))
     pairs = reward_pairs(clean, chat, context.recipe.data.max_length, "drop")
-    scores: list[list[float]] = [[], []]
-    for part in _passes(context).of(pairs, pair_length):
-        for side in (0, 1):
-            batch = collate_sequences([pair[side] for pair in part], chat.pad_id).to(context.device)
-            with precision(context.device, context.dtype):
-                found: Tensor = answer_scores(scorer.model, batch.input_ids, batch.lengths)
-            scores[side].extend(found.tolist())
-    wins = pairwise_wins(*scores)
+    sides = [scorer.scores([pair[side] for pair in pairs]).tolist() for side in (0, 1)]
+    wins = pairwise_wins(*sides)
     return wilson_interval(sum(wins), len(wins))
 
 

@@ -5,114 +5,105 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from threefold.algo.kl import adapt_kl_coef
 from threefold.algo.statistics import standard_error
 from threefold.config.recipe import PPOSection
-from threefold.data.chat import ChatFormat
 from threefold.data.collate import epoch_order
-from threefold.data.prepare import PreparedPrompt, ppo_prompts
-from threefold.engine.hybrid import HybridEngine
+from threefold.data.prepare import PreparedPrompt
 from threefold.engine.phases import PhaseMeter
-from threefold.engine.train import MicroBatching, TrainEngine, micro_batching
-from threefold.errors import ConfigError
-from threefold.models.adapters import add_lora
-from threefold.models.forward import CausalForward
-from threefold.models.loading import (
-    context_length,
-    load_causal_lm,
-    load_scalar_model,
-    save_model,
-    set_dropout,
-    set_score_statistics,
-)
 from threefold.stages.context import StageContext
 from threefold.stages.diagnosis import state_kept_if_broken, unused
-from threefold.stages.mixture import PretrainingText
 from threefold.stages.overlap import ScoringBeside
-from threefold.stages.ppo_update import CriticPass, Learners, critic_pass_of, update
-from threefold.stages.rollout import Reference, RewardScorer, ScoredBatch, Scorers, make_experience
+from threefold.stages.ppo_progress import Progress
+from threefold.stages.ppo_setup import Setup, save, set_up
+from threefold.stages.ppo_update import CriticPass, UpdateProgress, critic_pass_of, update
+from threefold.stages.rollout import ScoredBatch, make_experience
 from threefold.types import Rollout
 
 AUTO_PARITY_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Everything that lives through the stage."""
-
-    chat: ChatFormat
-    learners: Learners
-    hybrid: HybridEngine
-    scorers: Scorers
-    prompts: list[PreparedPrompt]
-    eval_prompts: list[PreparedPrompt]
-    text: PretrainingText | None
-    num_iterations: int
-    sampler: torch.Generator
-    scoring_stream: torch.cuda.Stream | None
-
-
 def run(context: StageContext) -> dict[str, float]:
     """Fill `context.output` with actor/, actor_ema/ and critic/; return what changed on held-out prompts."""
-    setup = _set_up(context)
-    learners = setup.learners
+    setup = set_up(context)
+    actor = setup.learners.actor
     with state_kept_if_broken(
-        lambda: f"step 3, ppo, after {learners.actor.num_steps} optimizer steps of the actor",
-        learners.actor_forward.model,
-        lambda: unused(context.output.parent / "failed" / f"ppo-{learners.actor.num_steps}-steps"),
-        lambda directory: _save(setup, directory),
+        lambda: f"step 3, ppo, after {actor.num_steps} optimizer steps of the actor",
+        actor.parallel,
+        lambda: unused(context.output.parent / "failed" / f"ppo-{actor.num_steps}-steps"),
+        lambda directory: save(context, setup, directory),
     ):
         result = _train(context, setup)
-    _save(setup, context.output)
+    save(context, setup, context.output)
     return result
 
 
 def _train(context: StageContext, setup: Setup) -> dict[str, float]:
-    """All iterations; each phase is a line."""
-    settings = context.recipe.ppo
+    """All iterations."""
+    settings, log = context.recipe.ppo, context.log
+    if context.saved is not None:
+        progress = Progress.read(setup, context.saved)
+    else:
+        progress = Progress(settings.kl_coef, before=evaluate(context, setup))
+        log.log(0, progress.before)
     batches = prompt_batches(setup.prompts, settings, context.recipe.run.seed)
-    kl_coef = settings.kl_coef
-    before = evaluate(context, setup)
-    context.log.log(0, before)
-    after = before
-    with context.log.progress("ppo   ", setup.num_iterations) as bar:
-        for iteration in range(setup.num_iterations):
-            meter = PhaseMeter(context.device, exact=iteration == 0)
-            prompts = next(batches)
-            beside = _scoring_beside(setup, prompts, settings)
-            with meter.phase("generate"):
-                finished = beside.add if beside else None
-                rollouts = sample(context, setup, prompts, settings.answers_per_prompt, on_finished=finished)
-            with meter.phase("score"):
-                critic_pass = critic_pass_of(setup.learners, settings)
-                judgement = beside.finish(rollouts) if beside else None
-                batch = make_experience(prompts, rollouts, setup.scorers, settings, kl_coef, critic_pass, judgement)
-            with meter.phase("update"):
-                losses = _update(context, setup, batch, iteration, critic_pass)
-            metrics = _metrics(batch, rollouts, kl_coef) | losses | _speed(meter, rollouts)
-            context.log.log(iteration + 1, metrics)
+    for _ in range(progress.iteration):
+        next(batches)
+    with log.progress("ppo   ", setup.num_iterations, progress.iteration) as bar:
+        while progress.iteration < setup.num_iterations:
+            metrics = _iteration(context, setup, progress, next(batches))
+            progress.next_iteration()
+            log.log(progress.iteration, metrics)
             bar.advance(score=metrics["objective/scores"], kl=metrics["objective/kl"])
-            if settings.kl_controller == "adaptive" and iteration >= settings.critic_warmup_iterations:
-                kl_coef = adapt_kl_coef(
-                    kl_coef, metrics["objective/kl"], settings.kl_target, len(rollouts), settings.kl_horizon
-                )
-            last = iteration + 1 == setup.num_iterations
-            if last or (settings.eval_every and (iteration + 1) % settings.eval_every == 0):
-                after = evaluate(context, setup)
-                context.log.log(iteration + 1, after)
+            last = progress.iteration == setup.num_iterations
+            if last or (settings.eval_every and progress.iteration % settings.eval_every == 0):
+                progress.after = evaluate(context, setup)
+                log.log(progress.iteration, progress.after)
+            if not last:
+                context.safe_point(progress.point(settings), lambda: progress.state(setup))
     return {
-        **after,
-        **{f"initial/{name}": value for name, value in before.items()},
+        **progress.after,
+        **{f"initial/{name}": value for name, value in progress.before.items()},
         "num_iterations": setup.num_iterations,
     }
+
+
+def _iteration(
+    context: StageContext, setup: Setup, progress: Progress, prompts: list[PreparedPrompt]
+) -> dict[str, float]:
+    """One iteration, or what is left of it; each phase is a line. Its metrics."""
+    settings = context.recipe.ppo
+    meter = PhaseMeter(context.device, exact=progress.iteration == 0)
+
+    def safe_point(_: UpdateProgress | None = None) -> None:
+        context.safe_point(progress.point(settings), lambda: progress.state(setup))
+
+    beside = _scoring_beside(setup, prompts, settings)
+    if progress.rollouts is None:
+        with meter.phase("generate"):
+            finished = beside.add if beside else None
+            progress.rollouts = sample(context, setup, prompts, settings.answers_per_prompt, on_finished=finished)
+        safe_point()
+    rollouts, kl_coef, critic_pass = progress.rollouts, progress.kl_coef, None
+    if progress.batch is None:
+        with meter.phase("score"):
+            critic_pass = critic_pass_of(setup.learners, settings)
+            judgement = beside.finish(rollouts) if beside else None
+            scored = make_experience(prompts, rollouts, setup.scorers, settings, kl_coef, critic_pass, judgement)
+        progress.batch = scored
+        if critic_pass is None:  # otherwise the critic's gradient is pending too
+            safe_point()
+    with meter.phase("update"):
+        losses = _update(context, setup, progress, critic_pass, safe_point)
+    metrics = _metrics(progress.batch, rollouts, kl_coef) | losses | _speed(meter, rollouts)
+    if settings.kl_controller == "adaptive" and progress.iteration >= settings.critic_warmup_iterations:
+        observed, target, horizon = metrics["objective/kl"], settings.kl_target, settings.kl_horizon
+        progress.kl_coef = adapt_kl_coef(kl_coef, observed, target, len(rollouts), horizon)
+    return metrics
 
 
 def prompt_batches(prompts: list[PreparedPrompt], settings: PPOSection, seed: int) -> Iterator[list[PreparedPrompt]]:
@@ -136,16 +127,17 @@ def sample(
     on_finished: Callable[[int, Rollout], None] | None = None,
 ) -> list[Rollout]:
     """One answer to each prompt, from the weights as they are now; `prompts` has each one answers_per_prompt times.
+    Collective.
 
-    `on_finished` is told of each answer, with its place, as soon as it is finished.
+    `on_finished` is told of each answer, with its place, as soon as it is finished; with one process only.
     """
-    return setup.hybrid.generate(
-        [prompt.ids for prompt in prompts[::answers_per_prompt]],
+    return setup.answering(
+        prompts,
         context.recipe.ppo.sampling,
         setup.chat.stop_ids,
         sampler or setup.sampler,
+        answers_per_prompt,
         policy_version=setup.learners.actor.num_steps,
-        answers_per_prompt=answers_per_prompt,
         on_finished=on_finished,
     )
 
@@ -172,147 +164,38 @@ def evaluate(context: StageContext, setup: Setup) -> dict[str, float]:
     }
     if setup.text is not None:
         metrics["ppo/eval_text_perplexity"] = setup.text.perplexity(
-            setup.learners.actor_forward, context.device, context.dtype
+            setup.learners.actor_forward, setup.learners.passes, context.device, context.dtype
         )
     return metrics
 
 
-def _load_critic(context: StageContext, scorer: RewardScorer) -> PreTrainedModel:
-    """The reward model as it is now or, where it cannot read the actor's tokens, the step-1 model with a new head."""
-    if scorer.same_tokens:
-        critic = load_scalar_model(str(context.inputs["reward"]))
-    else:
-        critic = load_scalar_model(str(context.inputs["sft"]), new_head_seed=context.recipe.run.seed)
-    if not scorer.same_tokens or not context.recipe.ppo.normalise_reward:
-        set_score_statistics(critic, 0.0, 1.0)  # values are in the units of the shaped reward, whatever those are
-    return critic
-
-
-def _set_up(context: StageContext) -> Setup:
-    recipe, settings = context.recipe, context.recipe.ppo
-    sft, reward = str(context.inputs["sft"]), str(context.inputs["reward"])
-    chat, _ = context.chat_format(sft)
-    reward_chat, _ = context.chat_format(reward)
-    passes = micro_batching(settings.micro_batch_size, settings.micro_batch_tokens, context.device)
-    where = (context.device, context.dtype)
-    actor = load_causal_lm(sft).to(context.device)
-    reward_model = load_scalar_model(reward).to(context.device).requires_grad_(False)
-    scorer = RewardScorer(reward_model, reward_chat, chat, recipe.model.retokenise_for_reward, *where, passes)
-    critic = _load_critic(context, scorer).to(context.device)
-    for model in (actor, critic):
-        set_dropout(model, 0.0)  # the ratio compares two passes of one policy: nothing random may differ between them
-    add_lora(actor, settings.actor_lora, recipe.run.seed, "ppo.actor_lora")
-    add_lora(critic, settings.critic_lora, recipe.run.seed + 1, "ppo.critic_lora")
-    actor_forward = CausalForward(actor)
-    if settings.actor_lora.rank:
-        reference = Reference(actor_forward, is_actor=True)
-    else:
-        reference = Reference(CausalForward(load_causal_lm(sft).to(context.device).requires_grad_(False)))
-    longest = recipe.data.max_prompt_length + settings.sampling.max_new_tokens
-    for which, model in (("model", actor), ("critic", critic)):
-        context.check_length("data.max_prompt_length + ppo.sampling.max_new_tokens", longest, model, which)
-    prompts, eval_prompts = _prompts(context, chat)
-    num_iterations = _num_iterations(settings, len(prompts))
-    context.log.note(
-        f"step 3, ppo: {len(prompts)} prompts to answer in {num_iterations} iterations, {len(eval_prompts)} held out"
-    )
-    text = None
-    if settings.mixture.source:
-        limit = context_length(actor) or settings.mixture.chunk_length
-        context.check_length("ppo.mixture.chunk_length", settings.mixture.chunk_length, actor)
-        text = PretrainingText(settings.mixture, chat, limit, recipe.run.seed)
-    learners = _learners(context, actor_forward, critic, chat.pad_id, passes, num_iterations)
-    offloaded = (learners.actor, learners.critic) if settings.offload_optimizer else ()
-    hybrid = HybridEngine(actor_forward, recipe.generation, *where, context.log.note, offloaded)
-    scorers = Scorers(reference, critic, scorer, chat.pad_id, *where, passes)
-    sampler = torch.Generator(context.device).manual_seed(recipe.run.seed)
-    stream = _scoring_stream(context, reference)
-    return Setup(chat, learners, hybrid, scorers, prompts, eval_prompts, text, num_iterations, sampler, stream)
-
-
-def _scoring_stream(context: StageContext, reference: Reference) -> torch.cuda.Stream | None:
-    """Where finished answers are scored while others are decoded; None where they are not."""
-    wanted = context.recipe.generation.overlap_scoring == "auto"
-    if not wanted or context.device.type != "cuda" or reference.is_actor:
-        return None
-    return torch.cuda.Stream(context.device)
-
-
-def _prompts(context: StageContext, chat: ChatFormat) -> tuple[list[PreparedPrompt], list[PreparedPrompt]]:
-    """Prompts to train on, and held-out ones."""
-    data = context.recipe.data
-    share = context.shares()["ppo"]
-    limits = (data.max_prompt_length, data.long_rows, context.log.note)
-    train, held_out = ppo_prompts(share.train, chat, *limits), ppo_prompts(share.eval, chat, *limits)
-    return train, held_out[: context.recipe.ppo.num_eval_prompts]
-
-
-def _num_iterations(settings: PPOSection, num_prompts: int) -> int:
-    num_iterations = settings.iterations or max(settings.epochs * num_prompts // settings.prompts_per_iteration, 1)
-    if num_iterations <= settings.critic_warmup_iterations:
-        raise ConfigError(
-            f"ppo.critic_warmup_iterations = {settings.critic_warmup_iterations} leaves the actor none of the "
-            f"{num_iterations} iterations; lower it, or raise ppo.iterations"
-        )
-    return num_iterations
-
-
-def _learners(
-    context: StageContext,
-    actor_forward: CausalForward,
-    critic: PreTrainedModel,
-    pad_id: int,
-    passes: MicroBatching,
-    num_iterations: int,
-) -> Learners:
-    settings = context.recipe.ppo
-    steps_per_iteration = settings.ppo_epochs * settings.minibatches
-    actor_steps = (num_iterations - settings.critic_warmup_iterations) * steps_per_iteration
-    context.log.note_long_warmup("ppo.warmup_steps", settings.warmup_steps, actor_steps)
-
-    def engine(model: PreTrainedModel, which: Literal["actor", "critic"], steps: int) -> TrainEngine:
-        return TrainEngine(
-            model,
-            settings.optimizer(which),
-            steps,
-            context.device,
-            context.dtype,
-            f"step 3, ppo, {which}",
-            settings.ema.decay if which == "actor" and settings.ema.enabled else None,
-            settings.gradient_checkpointing,
-        )
-
-    return Learners(
-        actor=engine(actor_forward.model, "actor", actor_steps),
-        actor_forward=actor_forward,
-        critic=engine(critic, "critic", num_iterations * steps_per_iteration),
-        critic_model=critic,
-        pad_id=pad_id,
-        device=context.device,
-        passes=passes,
-    )
-
-
 def _update(
-    context: StageContext, setup: Setup, batch: ScoredBatch, iteration: int, critic_pass: CriticPass | None = None
+    context: StageContext,
+    setup: Setup,
+    progress: Progress,
+    critic_pass: CriticPass | None,
+    safe_point: Callable[[UpdateProgress], None],
 ) -> dict[str, float]:
     settings, text = context.recipe.ppo, setup.text
+    assert progress.batch is not None
     mixture = None
     if text is not None and settings.mixture.coef > 0:
 
-        def mixture() -> tuple[Callable[[], Tensor], ...]:
+        def mixture() -> tuple[tuple[Callable[[], Tensor], bool], ...]:
             return text.losses(setup.learners.actor_forward, setup.learners.passes, context.device)
 
     return update(
-        batch.experiences,
+        progress.batch.experiences,
         setup.learners,
         settings,
         seed=context.recipe.run.seed,
-        iteration=iteration,
-        train_actor=iteration >= settings.critic_warmup_iterations,
+        iteration=progress.iteration,
+        train_actor=progress.iteration >= settings.critic_warmup_iterations,
         parity_bound=settings.parity_bound or AUTO_PARITY_BOUND[context.dtype],
         mixture=mixture,
         critic_pass=critic_pass,
+        progress=progress.update,
+        safe_point=safe_point,
     )
 
 
@@ -338,17 +221,3 @@ def _metrics(batch: ScoredBatch, rollouts: list[Rollout], kl_coef: float) -> dic
 def _speed(meter: PhaseMeter, rollouts: list[Rollout]) -> dict[str, float]:
     tokens = sum(len(rollout) for rollout in rollouts)
     return {**meter.metrics(), "perf/tokens_per_s": tokens / sum(meter.seconds.values())}
-
-
-def _save(setup: Setup, directory: Path) -> None:
-    chat, learners = setup.chat, setup.learners
-    actor, ema = learners.actor_forward.model, learners.actor.ema
-
-    def save(name: str, model: PreTrainedModel) -> None:
-        save_model(model, chat.tokenizer, directory / name, chat.stop_ids, chat.pad_id)
-
-    save("actor", actor)
-    save("critic", learners.critic_model)
-    if ema is not None:
-        with ema.applied_to(actor):
-            save("actor_ema", actor)

@@ -16,8 +16,12 @@ from threefold.data.split import STEPS
 from threefold.data.text import read_documents, split_documents
 from threefold.engine.train import check_checkpointing
 from threefold.errors import ConfigError
-from threefold.models.adapters import lora_targets
+from threefold.inference.tensor_parallel import check_tensor_parallel
+from threefold.models.adapters import check_lora
 from threefold.models.loading import config_context_length, load_config
+from threefold.models.quantised import check_quantisation
+from threefold.models.tiny import embedded_config
+from threefold.stages.answering import check_group_size
 from threefold.stages.context import EMBEDDED, StageContext
 from threefold.stages.rollout import check_same_tokens
 
@@ -52,6 +56,8 @@ def check(context: StageContext, steps: Collection[str]) -> None:
         check_same_tokens(reward, actor, recipe.model.retokenise_for_reward)
     _check_lengths(context, steps)
     _check_training_options(context, steps)
+    if "ppo" in steps:
+        _check_generation(context)
     data = recipe.data
     if actor is not None and "sft" in steps:
         for part in (shares["sft"].train, shares["sft"].eval):
@@ -78,15 +84,27 @@ def _check_training_options(context: StageContext, steps: Collection[str]) -> No
         ("ppo", judge, AutoModelForSequenceClassification, "ppo.critic_lora", recipe.ppo.critic_lora),
     )
     for step, source, auto_class, field, section in sections:
-        checkpointing = step == "ppo" and recipe.ppo.gradient_checkpointing
+        if step in steps and section.quantise_base == "nf4":
+            check_quantisation(field)
+        checkpointing = getattr(recipe, step).gradient_checkpointing
         if source == EMBEDDED or step not in steps or not (section.rank or checkpointing):
             continue
         with torch.device("meta"):
             model = auto_class.from_config(load_config(source))
-        if section.rank:
-            lora_targets(model, section, field)
+        check_lora(model, section, field)
         if checkpointing:
             check_checkpointing(model)
+
+
+def _check_generation(context: StageContext) -> None:
+    """The tensor-parallel size against the processes and the actor."""
+    recipe = context.recipe
+    size = recipe.generation.inference_tp_size
+    check_group_size(context.world, size)
+    if recipe.model.actor == EMBEDDED:
+        check_tensor_parallel(embedded_config(recipe.model.embedded), size)
+    else:
+        check_tensor_parallel(load_config(recipe.model.actor), size)
 
 
 def _check_lengths(context: StageContext, steps: Collection[str]) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from threefold.algo.losses import pairwise_reward_loss_sum
 from threefold.algo.statistics import pairwise_wins, wilson_interval
+from threefold.data.chat import ChatFormat
 from threefold.data.collate import collate_sequences
 from threefold.data.prepare import reward_pairs
 from threefold.engine.device import precision
-from threefold.engine.train import TrainEngine, micro_batching
+from threefold.engine.parallel import ParallelModel
+from threefold.engine.sharing import micro_batching
+from threefold.engine.train import TrainEngine
 from threefold.errors import TrainingError
 from threefold.models.adapters import add_lora
 from threefold.models.forward import answer_scores
-from threefold.models.loading import grow_embeddings, load_scalar_model, save_model, set_dropout, set_score_statistics
+from threefold.models.loading import grow_embeddings, load_scalar_model, set_dropout, set_score_statistics
 from threefold.stages.context import StageContext
 from threefold.stages.supervised import SupervisedTask, num_optimizer_steps, train_supervised
 from threefold.types import TokenSequence
@@ -29,25 +33,20 @@ def run(context: StageContext) -> dict[str, float]:
     statistics."""
     recipe, settings = context.recipe, context.recipe.reward
     source = recipe.model.reward or str(context.inputs["sft"])
-    chat, added = context.chat_format(source)
-    model = load_scalar_model(source, new_head_seed=recipe.run.seed).to(context.device)
-    if added:
-        grow_embeddings(model, chat.tokenizer)
-    model.config.pad_token_id = chat.pad_id
-    context.check_length("data.max_length", recipe.data.max_length, model)
-    set_dropout(model, settings.dropout)
-    add_lora(model, settings.lora, recipe.run.seed, "reward.lora")
+    parallel, chat = _model(context, source)
+    model = parallel.model
     share = context.shares()["reward"]
     limits = (recipe.data.max_length, recipe.data.long_rows, context.log.note)
     train = reward_pairs(share.train, chat, *limits)
     held_out = reward_pairs(share.eval, chat, *limits)[: settings.max_eval_examples]
     context.log.note(f"step 2, reward: {len(train)} pairs to train on, {len(held_out)} held out")
 
-    passes = micro_batching(settings.micro_batch_size, settings.micro_batch_tokens, context.device)
+    limits_of_pass = (settings.micro_batch_size, settings.micro_batch_tokens)
+    passes = micro_batching(*limits_of_pass, context.device, context.world, parallel.sharded)
 
     def scores(sequences: Sequence[TokenSequence]) -> Tensor:
         batch = collate_sequences(sequences, chat.pad_id).to(context.device)
-        return answer_scores(model, batch.input_ids, batch.lengths)
+        return parallel.run(lambda: answer_scores(model, batch.input_ids, batch.lengths))
 
     def loss_sum(pairs: Sequence[Pair]) -> Tensor:
         both = scores([better for better, _ in pairs] + [worse for _, worse in pairs])
@@ -56,33 +55,48 @@ def run(context: StageContext) -> dict[str, float]:
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         model.eval()
-        better, worse = [], []
-        for micro in passes.of(held_out, pair_length):
+        found: dict[int, tuple[float, float]] = {}
+        for part in passes.of(held_out, pair_length):
             with precision(context.device, context.dtype):
-                better.append(scores([pair[0] for pair in micro]))
-                worse.append(scores([pair[1] for pair in micro]))
+                better, worse = (scores([pair[side] for pair in part.items]).tolist() for side in (0, 1))
+            found |= dict(zip(part.rows, zip(better, worse, strict=True), strict=True)) if part.counts else {}
         model.train()
-        if not bool(torch.isfinite(torch.cat(better + worse)).all()):
+        both = torch.tensor(context.world.assemble(found, len(held_out)))
+        if not bool(torch.isfinite(both).all()):
             raise TrainingError(
                 "step 2, reward: scores of held-out answers are not finite; lower reward.learning_rate "
                 f"({settings.learning_rate:g}), or look for damaged weights in {source}"
             )
-        metrics = score_metrics(torch.cat(better), torch.cat(worse))
+        return score_metrics(both[:, 0], both[:, 1])
+
+    def save(metrics: Mapping[str, float]) -> None:
         set_score_statistics(model, metrics["reward/score_mean"], metrics["reward/score_scale"])
-        return metrics
+        context.save_model(parallel, chat, context.output)
 
     total_steps = num_optimizer_steps(len(train), settings)
-    engine = TrainEngine(model, settings, total_steps, context.device, context.dtype, "step 2, reward")
-    task = SupervisedTask[Pair](
-        "reward",
-        loss_sum,
-        len,
-        evaluate,
-        lambda: save_model(model, chat.tokenizer, context.output, chat.stop_ids, chat.pad_id),
-        passes,
-        pair_length,
-    )
-    return train_supervised(task, engine, train, settings, recipe.run.seed, context.log, recipe.run.log_every)
+    where = (context.device, context.dtype, "step 2, reward")
+    checkpointing, offload = settings.gradient_checkpointing, recipe.parallel.reward.offload
+    engine = TrainEngine(parallel, settings, total_steps, *where, gradient_checkpointing=checkpointing, offload=offload)
+    task = SupervisedTask[Pair]("reward", loss_sum, len, evaluate, save, passes, pair_length)
+    return train_supervised(task, engine, train, settings, context)
+
+
+def _model(context: StageContext, source: str) -> tuple[ParallelModel, ChatFormat]:
+    """The model to train, with a new head, on its device."""
+    recipe = context.recipe
+    chat, added = context.chat_format(source)
+
+    def load() -> PreTrainedModel:
+        model = load_scalar_model(source, new_head_seed=recipe.run.seed)
+        if added:
+            grow_embeddings(model, chat.tokenizer)
+        model.config.pad_token_id = chat.pad_id
+        context.check_length("data.max_length", recipe.data.max_length, model)
+        set_dropout(model, recipe.reward.dropout)
+        add_lora(model, recipe.reward.lora, recipe.run.seed, "reward.lora")
+        return model
+
+    return context.parallel(load, recipe.parallel.reward), chat
 
 
 def pair_length(pair: Pair) -> int:

@@ -4,7 +4,7 @@ advantages."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,12 @@ from threefold.data.chat import ChatFormat
 from threefold.data.collate import RolloutBatch, collate_rollouts, collate_sequences, pad_ragged
 from threefold.data.prepare import PreparedPrompt
 from threefold.engine.device import precision
-from threefold.engine.train import MicroBatching
+from threefold.engine.distributed import ALONE
+from threefold.engine.parallel import ParallelModel
+from threefold.engine.sharing import MicroBatching
 from threefold.errors import ConfigError, DataError
 from threefold.models.adapters import adapters_off
-from threefold.models.forward import CausalForward, answer_scores, target_values
+from threefold.models.forward import CausalForward, Runner, answer_scores, directly, target_values
 from threefold.models.loading import context_length, score_statistics
 from threefold.types import Experience, Message, Rollout, TokenSequence
 
@@ -65,20 +67,28 @@ class RewardScorer:
         device: torch.device,
         dtype: torch.dtype,
         passes: MicroBatching,
+        parallel: ParallelModel | None = None,
     ) -> None:
         self.model, self.mean_and_scale = model, score_statistics(model)
+        self._parallel = parallel or ParallelModel(model, ALONE, device)
         self._chat, self._actor_chat, self._device, self._dtype = chat, actor_chat, device, dtype
         self._passes = passes
         self.same_tokens = check_same_tokens(chat, actor_chat, allow_retokenise)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[tuple[Message, ...]], rollouts: Sequence[Rollout]) -> Tensor:
-        """Scores [B] float32 on the CPU of `rollouts`, answers to the conversations `prompts`."""
-        sequences = self.sequences(prompts, rollouts)
-        scores = torch.empty(len(sequences))
-        for rows in self._passes.cut([len(sequence) for sequence in sequences]):
-            scores[rows] = self.one_pass([sequences[row] for row in rows]).cpu()
-        return scores
+        """Scores [B] float32 on the CPU of `rollouts`, answers to the conversations `prompts`. Collective."""
+        return self.scores(self.sequences(prompts, rollouts))
+
+    @torch.no_grad()
+    def scores(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Scores [B] float32 on the CPU of whole sequences. Collective."""
+        scores: dict[int, float] = {}
+        with self._parallel.in_use():
+            for part in self._passes.of(sequences, len):
+                found = self.one_pass(part.items).tolist()
+                scores |= dict(zip(part.rows, found, strict=True)) if part.counts else {}
+        return torch.tensor(self._passes.world.assemble(scores, len(sequences)))
 
     def sequences(self, prompts: Sequence[tuple[Message, ...]], rollouts: Sequence[Rollout]) -> list[TokenSequence]:
         """What the reward model reads of each answer."""
@@ -90,7 +100,7 @@ class RewardScorer:
         self.model.eval()
         batch = collate_sequences(sequences, self._chat.pad_id).to(self._device)
         with precision(self._device, self._dtype):
-            return answer_scores(self.model, batch.input_ids, batch.lengths)
+            return self._parallel.run(lambda: answer_scores(self.model, batch.input_ids, batch.lengths))
 
     def _sequence(self, messages: tuple[Message, ...], rollout: Rollout) -> TokenSequence:
         prompt: tuple[int, ...] = tuple(rollout.prompt_ids.tolist())
@@ -111,10 +121,19 @@ class RewardScorer:
 
 @dataclass(frozen=True)
 class Reference:
-    """The step-1 model: a model of its own or, where the actor trains adapters only, the actor with them off."""
+    """The step-1 model: a model of its own or, where the actor trains adapters only, the actor with them off.
+
+    Attributes:
+        parallel: how a model of its own is spread; None: it is whole, on its device.
+    """
 
     forward: CausalForward
     is_actor: bool = False
+    parallel: ParallelModel | None = None
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """For the time of the block its weights are where they are needed."""
+        return nullcontext() if self.parallel is None else self.parallel.in_use()
 
     def logprobs(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """Log-probability of every response token, flat: [M], row by row."""
@@ -124,7 +143,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Scorers:
-    """What judges rollouts: the frozen reference, the critic as it is now, the frozen reward model."""
+    """What judges rollouts: the frozen reference, the critic as it is now (run by `run_critic`), the frozen reward
+    model."""
 
     reference: Reference
     critic: PreTrainedModel
@@ -133,6 +153,7 @@ class Scorers:
     device: torch.device
     dtype: torch.dtype
     passes: MicroBatching
+    run_critic: Runner = directly
 
 
 @torch.no_grad()
@@ -140,16 +161,16 @@ def per_rollout(
     rollouts: Sequence[Rollout], scorers: Scorers, compute: Callable[[RolloutBatch], Tensor]
 ) -> list[Tensor]:
     """Apply `compute` (padded batch -> flat [M]) pass by pass and cut the result into one [R] tensor per rollout, on
-    the CPU."""
-    pieces: list[Tensor] = [torch.empty(0)] * len(rollouts)
-    for rows in scorers.passes.cut([len(rollout) for rollout in rollouts]):
-        part = [rollouts[row] for row in rows]
-        batch = collate_rollouts(part, scorers.pad_id).to(scorers.device)
+    the CPU. Collective: each process computes its share."""
+    pieces: dict[int, Tensor] = {}
+    for part in scorers.passes.of(rollouts, len):
+        batch = collate_rollouts(part.items, scorers.pad_id).to(scorers.device)
         with precision(scorers.device, scorers.dtype):
             flat = compute(batch).cpu()
-        for row, piece in zip(rows, flat.split([len(rollout.response_ids) for rollout in part]), strict=True):
-            pieces[row] = piece
-    return pieces
+        if part.counts:
+            lengths = [len(rollout.response_ids) for rollout in part.items]
+            pieces |= dict(zip(part.rows, flat.split(lengths), strict=True))
+    return scorers.passes.world.assemble(pieces, len(rollouts))
 
 
 @dataclass(frozen=True)
@@ -169,7 +190,8 @@ def judge(
     prompts: Sequence[PreparedPrompt], rollouts: Sequence[Rollout], scorers: Scorers, temperature: float
 ) -> Judgement:
     """Pass rollouts, answers to `prompts`, through reference and reward model."""
-    ref_logprobs = per_rollout(rollouts, scorers, lambda b: scorers.reference.logprobs(b, temperature))
+    with scorers.reference.in_use():
+        ref_logprobs = per_rollout(rollouts, scorers, lambda b: scorers.reference.logprobs(b, temperature))
     return Judgement(ref_logprobs, scorers.reward([prompt.prompt.messages for prompt in prompts], rollouts))
 
 
@@ -196,7 +218,11 @@ ValuePass = Callable[[Sequence[Rollout], Tensor], list[Tensor]]
 
 def _values(rollouts: Sequence[Rollout], scorers: Scorers) -> list[Tensor]:
     scorers.critic.eval()
-    return per_rollout(rollouts, scorers, lambda b: target_values(scorers.critic, b.input_ids, b.target_mask))
+
+    def values(batch: RolloutBatch) -> Tensor:
+        return scorers.run_critic(lambda: target_values(scorers.critic, batch.input_ids, batch.target_mask))
+
+    return per_rollout(rollouts, scorers, values)
 
 
 def make_experience(

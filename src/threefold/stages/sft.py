@@ -7,27 +7,30 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from threefold.algo.losses import lm_loss_sum
+from threefold.data.chat import ChatFormat
 from threefold.data.collate import collate_sequences, num_targets
 from threefold.data.prepare import sft_sequences
 from threefold.engine.device import precision
-from threefold.engine.train import TrainEngine, micro_batching
+from threefold.engine.parallel import ParallelModel
+from threefold.engine.sharing import micro_batching
+from threefold.engine.train import TrainEngine
 from threefold.models.adapters import add_lora
 from threefold.models.forward import CausalForward
-from threefold.models.loading import save_model, set_dropout
+from threefold.models.loading import set_dropout
 from threefold.stages.context import StageContext
 from threefold.stages.supervised import SupervisedTask, num_optimizer_steps, train_supervised
-from threefold.types import TokenSequence
+from threefold.types import Example, TokenSequence
 
 
 def run(context: StageContext) -> dict[str, float]:
     """Fill `context.output` with the fine-tuned model; return its held-out loss and perplexity, before and after."""
     recipe, settings = context.recipe, context.recipe.sft
     share = context.shares()["sft"]
-    model, chat = context.actor(share.train)
-    set_dropout(model, settings.dropout)
-    add_lora(model, settings.lora, recipe.run.seed, "sft.lora")
+    parallel, forward, chat = _model(context, share.train)
+    model = parallel.model
     limits = (recipe.data.max_length, settings.loss_on, recipe.data.long_rows)
     train, num_dropped = sft_sequences(share.train, chat, *limits)
     held_out, num_dropped_eval = sft_sequences(share.eval, chat, *limits)
@@ -36,8 +39,8 @@ def run(context: StageContext) -> dict[str, float]:
         f"step 1, sft: {len(train)} conversations to train on, {len(held_out)} held out"
         + (f", {num_dropped + num_dropped_eval} too long and dropped" if num_dropped + num_dropped_eval else "")
     )
-    passes = micro_batching(settings.micro_batch_size, settings.micro_batch_tokens, context.device)
-    forward = CausalForward(model)
+    limits_of_pass = (settings.micro_batch_size, settings.micro_batch_tokens)
+    passes = micro_batching(*limits_of_pass, context.device, context.world, parallel.sharded)
 
     def loss_sum(sequences: Sequence[TokenSequence]) -> Tensor:
         batch = collate_sequences(sequences, chat.pad_id).to(context.device)
@@ -48,22 +51,40 @@ def run(context: StageContext) -> dict[str, float]:
     def evaluate() -> dict[str, float]:
         model.eval()
         total = 0.0
-        for micro in passes.of(held_out, len):
+        for part in passes.of(held_out, len):
             with precision(context.device, context.dtype):
-                total += float(loss_sum(micro))
+                loss = float(loss_sum(part.items))
+            total += loss if part.counts else 0.0
         model.train()
-        loss = total / num_targets(held_out)
+        loss = context.world.sum([total])[0] / num_targets(held_out)
         return {"sft/eval_loss": loss, "sft/eval_perplexity": math.exp(min(loss, 700.0))}
 
     total_steps = num_optimizer_steps(len(train), settings)
-    engine = TrainEngine(model, settings, total_steps, context.device, context.dtype, "step 1, sft")
+    where = (context.device, context.dtype, "step 1, sft")
+    checkpointing, offload = settings.gradient_checkpointing, recipe.parallel.actor.offload
+    engine = TrainEngine(parallel, settings, total_steps, *where, gradient_checkpointing=checkpointing, offload=offload)
     task = SupervisedTask[TokenSequence](
         "sft",
         loss_sum,
         num_targets,
         evaluate,
-        lambda: save_model(model, chat.tokenizer, context.output, chat.stop_ids, chat.pad_id),
+        lambda _: context.save_model(parallel, chat, context.output),
         passes,
         len,
     )
-    return train_supervised(task, engine, train, settings, recipe.run.seed, context.log, recipe.run.log_every)
+    return train_supervised(task, engine, train, settings, context)
+
+
+def _model(context: StageContext, examples: list[Example]) -> tuple[ParallelModel, CausalForward, ChatFormat]:
+    """The model to train, on its device."""
+    recipe, formats = context.recipe, list[ChatFormat]()
+
+    def load() -> PreTrainedModel:
+        model, chat = context.actor(examples)
+        set_dropout(model, recipe.sft.dropout)
+        add_lora(model, recipe.sft.lora, recipe.run.seed, "sft.lora")
+        formats.append(chat)
+        return model
+
+    parallel, forward = context.parallel_causal(load, recipe.parallel.actor)
+    return parallel, forward, formats[0]

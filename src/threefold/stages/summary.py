@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from threefold.checkpoint import stage_record
+from threefold.checkpoint.files import stage_record
 from threefold.config.recipe import Recipe
 from threefold.metrics import RunLog
 

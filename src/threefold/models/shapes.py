@@ -186,6 +186,12 @@ BUILT_IN: Mapping[str, Shape] = MappingProxyType({shape.name.lower(): shape for 
 _SHORT = MappingProxyType({name.partition("/")[2]: shape for name, shape in BUILT_IN.items()})
 
 
+def published_shape(name: str) -> Shape | None:
+    """The built-in shape of that name, with or without its owner; None if there is none."""
+    name = re.sub(r"-hf$", "", name.strip().lower()).replace("meta-llama-3", "llama-3")
+    return BUILT_IN.get(name) or _SHORT.get(name)
+
+
 def find_shape(text: str, flag: str) -> Shape:
     """The shape that a user means: a published name with or without its owner (facebook/opt-1.3b, opt-1.3b,
     Llama-2-7b-hf), or `FAMILY:hidden=512,layers=8,heads=8,ffn=2048,vocab=8000` with the family's further sizes.
@@ -198,9 +204,9 @@ def find_shape(text: str, flag: str) -> Shape:
     """
     if ":" in text:
         return _custom_shape(text, flag)
-    name = re.sub(r"-hf$", "", text.strip().lower()).replace("meta-llama-3", "llama-3")
-    shape = BUILT_IN.get(name) or _SHORT.get(name)
+    shape = published_shape(text)
     if shape is None:
+        name = text.strip().lower()
         nearest = difflib.get_close_matches(name.rpartition("/")[2], _SHORT, n=1)
         hint = f"did you mean {_SHORT[nearest[0]].name}?" if nearest else f"built in are {', '.join(_SHORT)};"
         sizes = "or give sizes: opt:hidden=512,layers=8,heads=8,ffn=2048,vocab=8000"

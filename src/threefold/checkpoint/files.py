@@ -7,24 +7,36 @@ finished.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
+from threefold.config.arguments import given_arguments
+from threefold.engine.distributed import World
 from threefold.errors import CheckpointError
 
 STAGE_FILE = "stage.json"
 RUN_FILE = "run.json"
+TEMPORARY = ".tmp"
+"""End of the names, hidden, of files that are there for a moment."""
 LOCK_FILE = ".lock"
+OWNER_FILE = ".lock-owner.json"
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "samples.jsonl"
+ALONE = World()
 _HASHED_WHOLE_BYTES = 256 * 2**20
 
 
@@ -35,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -70,45 +82,118 @@ def read_record(path: Path, *fields: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, world: World = ALONE) -> Iterator[None]:
     """Keep other runs out of a run directory for the time of the block; the lock goes with the process, however it
-    ends.
+    ends. Of many processes the first holds it for all.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another run holds it; the message says which.
     """
     lock = FileLock(directory / LOCK_FILE)
+    owner = directory / OWNER_FILE
+    try:
+        world.from_first(lambda: _take(lock, directory))
+        yield
+    finally:
+        if lock.is_locked:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+
+def _take(lock: FileLock, directory: Path) -> None:
     try:
         lock.acquire(timeout=0)
     except PermissionError as error:
         raise CheckpointError(f"{directory}: cannot be written to; choose another --output-dir") from error
     except Timeout as error:
         raise CheckpointError(
-            f"{directory}: another run is using this directory; wait for it, or choose another --output-dir"
+            f"{directory}: another run is using this directory{_owner(directory)}; wait for it, or choose another "
+            "--output-dir"
         ) from error
+    owner = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(given_arguments(None)),
+    }
+    write_json(directory / OWNER_FILE, owner)
+
+
+def _owner(directory: Path) -> str:
+    """Who holds the lock, as far as can be told: it may have taken it just now, or be an older version."""
     try:
-        yield
-    finally:
-        lock.release()
+        owner = json.loads((directory / OWNER_FILE).read_text("utf-8"))
+        command = f", arguments: {owner['command']}" if owner["command"] else ""
+        return f" (process {owner['pid']} on {owner['host']}, since {owner['since']}{command})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 @contextmanager
-def building(directory: Path) -> Iterator[Path]:
-    """A fresh hidden directory that replaces `directory` when the block ends, and is removed if the block fails."""
+def building(directory: Path, world: World = ALONE) -> Iterator[Path]:
+    """A fresh hidden directory that replaces `directory` when the block ends, and is removed if the block fails.
+
+    Every process is given its path; the first makes it and puts it in place, when all have come to the end.
+    """
     temporary = directory.with_name(f".{directory.name}.building")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if world.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
     try:
         yield temporary
-        old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if directory.exists():
-            os.replace(directory, old)
-        os.replace(temporary, directory)
-        shutil.rmtree(old, ignore_errors=True)
+        world.barrier()
+        if world.is_first:
+            old = directory.with_name(f".{directory.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if directory.exists():
+                os.replace(directory, old)
+            os.replace(temporary, directory)
+            shutil.rmtree(old, ignore_errors=True)
+        world.barrier()
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        recover(directory)
+        if world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            recover(directory)
+
+
+FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
+"""What it means, by errno, that something could not be written because there is no room."""
+
+
+@contextmanager
+def full_disk_named(directory: Path) -> Iterator[None]:
+    """Turn what a full disk raises inside the block, from Python or from safetensors, into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _errno_of(str(error))
+        if number not in FULL:
+            raise
+        raise CheckpointError(
+            f"{directory}: {FULL[number]}; finished steps and checkpoints are as they were: free space, and run the "
+            "same command again to go on"
+        ) from error
+
+
+def _errno_of(text: str) -> int | None:
+    """safetensors says only "... (os error 28)"."""
+    found = re.search(r"\(os error (\d+)\)", text)
+    return None if found is None else int(found[1])
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a file of a run directory is one that a run makes before it has written anything, or while it writes."""
+    hidden = path.name.startswith(".") and path.name.endswith(TEMPORARY)
+    return hidden or path.name in (LOCK_FILE, OWNER_FILE)
+
+
+def remove_directories(parent: Path, pattern: str) -> None:
+    """Remove the directories of a name with all that is in them, and the one that they are in if that is empty then."""
+    for directory in parent.glob(pattern):
+        shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):
+        parent.rmdir()
 
 
 def recover(directory: Path) -> None:

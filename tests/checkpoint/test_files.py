@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from threefold import checkpoint
-from threefold.checkpoint import (
+from tests.ranks import run_on_ranks
+from threefold.checkpoint import files as checkpoint
+from threefold.checkpoint.files import (
+    LOCK_FILE,
+    OWNER_FILE,
     STAGE_FILE,
     building,
     content_hash,
@@ -24,6 +28,7 @@ from threefold.checkpoint import (
     write_json,
     write_text,
 )
+from threefold.engine.distributed import World
 from threefold.errors import CheckpointError
 
 
@@ -125,7 +130,7 @@ def test_a_killed_process_leaves_the_old_and_the_next_one_succeeds(tmp_path: Pat
     make(directory, "old")
     program = (
         "import pathlib, sys, time\n"
-        "from threefold.checkpoint import building\n"
+        "from threefold.checkpoint.files import building\n"
         "with building(pathlib.Path(sys.argv[1])) as partial:\n"
         "    (partial / 'weights').write_text('half')\n"
         "    print('ready', flush=True)\n"
@@ -173,7 +178,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     write_json(file, [0])
     program = (
         "import pathlib, sys\n"
-        "from threefold.checkpoint import write_json\n"
+        "from threefold.checkpoint.files import write_json\n"
         "while True:\n"
         "    for size in (1, 50_000):\n"
         "        write_json(pathlib.Path(sys.argv[1]), [size] * size)\n"
@@ -302,7 +307,7 @@ def test_a_locked_directory_refuses_a_second_holder_and_is_free_again_afterwards
 LOCK_SCRIPT = """
 import sys
 from pathlib import Path
-from threefold.checkpoint import locked
+from threefold.checkpoint.files import locked
 from threefold.errors import CheckpointError
 try:
     with locked(Path(sys.argv[1])):
@@ -310,3 +315,74 @@ try:
 except CheckpointError as error:
     print(error)
 """
+
+
+def test_the_refusal_names_who_holds_the_directory(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(CheckpointError) as refusal, locked(tmp_path):
+        pass
+    for part in (f"process {os.getpid()} on {socket.gethostname()}", "since 20", "arguments: ", "choose another"):
+        assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert names(tmp_path) == [LOCK_FILE]
+
+
+def test_an_owner_without_a_lock_is_a_run_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / OWNER_FILE).write_text('{"pid": 1, "host": "elsewhere", "since": "long ago", "command": ""}')
+    with locked(tmp_path):
+        assert read_json(tmp_path / OWNER_FILE)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 3}'])
+def test_an_owner_that_cannot_be_read_is_not_named(tmp_path: Path, text: str) -> None:
+    with locked(tmp_path):
+        (tmp_path / OWNER_FILE).write_text(text)
+        with pytest.raises(CheckpointError, match="another run is using this directory; wait"), locked(tmp_path):
+            pass
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+def build_together(world: World, directory: Path) -> list[str]:
+    with building(directory, world) as partial:
+        (partial / f"of rank {world.rank}").write_text("")
+    return names(directory)
+
+
+def test_processes_build_one_directory(tmp_path: Path) -> None:
+    make(tmp_path / "sft", "old")
+    both = ["of rank 0", "of rank 1"]
+    assert run_on_ranks(build_together, 2, tmp_path / "sft") == [both, both]
+    assert names(tmp_path) == ["sft"]
+
+
+def fail_together(world: World, directory: Path) -> bool:
+    try:
+        with building(directory, world):
+            raise CheckpointError("the same on all")
+    except CheckpointError:
+        world.barrier()
+        return (directory / "weights").read_text() == "old"
+
+
+def test_processes_that_fail_leave_what_was_there(tmp_path: Path) -> None:
+    make(tmp_path / "sft", "old")
+    assert run_on_ranks(fail_together, 2, tmp_path / "sft") == [True, True]
+    assert names(tmp_path) == ["sft"]
+
+
+def lock_together(world: World, directory: Path) -> str:
+    try:
+        with locked(directory, world):
+            return "held"
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_processes_of_a_run_hold_one_lock_and_are_refused_alike(tmp_path: Path) -> None:
+    assert run_on_ranks(lock_together, 2, tmp_path) == ["held", "held"]
+    with locked(tmp_path):
+        first, second = run_on_ranks(lock_together, 2, tmp_path)
+        assert first == second
+        assert f"process {os.getpid()}" in first
+        assert read_json(tmp_path / OWNER_FILE)["pid"] == os.getpid()

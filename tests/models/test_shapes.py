@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from threefold.bench.shapes import BUILT_IN, find_shape, model_config
 from threefold.errors import ConfigError
+from threefold.models.shapes import BUILT_IN, find_shape, model_config
 
 PUBLISHED = {
     "facebook/opt-125m": 125_239_296,
