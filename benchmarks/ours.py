@@ -32,7 +32,8 @@ from threefold.data.prepare import PreparedPrompt
 from threefold.engine.device import make_repeatable
 from threefold.engine.hybrid import HybridEngine
 from threefold.engine.phases import PhaseMeter
-from threefold.engine.train import TrainEngine, micro_batching
+from threefold.engine.sharing import micro_batching
+from threefold.engine.train import TrainEngine
 from threefold.inference.generate import generate
 from threefold.machine.rates import matrix_rate
 from threefold.models.forward import CausalForward

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from threefold.checkpoint import EVALUATION_FILE, read_json, stage_record
+from threefold.checkpoint.files import EVALUATION_FILE, read_json, stage_record
 from threefold.config.load import load_recipe
 from threefold.pipeline import run_pipeline
 
