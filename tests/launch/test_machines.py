@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.launch.processes import end_of, is_alive, start_launcher, started, wa
 from tests.ranks import free_port
 from threefold.errors import ConfigError
 from threefold.launch.layout import Layout
+from threefold.launch.neighbours import NeighbourWatch
 from threefold.launch.rendezvous import Meeting
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
@@ -170,3 +172,34 @@ def test_two_machines_with_one_number_and_another_recipe_are_refused() -> None:
 def test_machines_that_are_alike_meet() -> None:
     port = free_port()
     assert meetings(machine(0, port), machine(1, port)) == ["", ""]
+
+
+def ends_of(port: int, offsets: tuple[float, ...]) -> list[str]:
+    """What each of some machines, which meet and finish so many seconds later, says of the others; the first machine's
+    store goes as soon as it has left."""
+    said = ["?"] * len(offsets)
+
+    def live(number: int) -> None:
+        meeting = Meeting(machine(number, port, len(offsets)), 20.0, "a")
+        meeting.next_rendezvous()
+        watch = NeighbourWatch(meeting, lambda failure: None)
+        time.sleep(offsets[number])
+        found = watch.finished()
+        said[number] = "" if found is None else found.message
+        meeting._store = None
+
+    threads = [threading.Thread(target=live, args=(number,)) for number in range(len(offsets))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said
+
+
+def test_machines_that_finish_one_after_the_other_miss_nobody() -> None:
+    cases = [(a / 10, b / 10) for a in (0, 3, 6) for b in (0, 2, 4)] + [(0.1, 0.7, 0.3)]
+    ports: set[int] = set()
+    while len(ports) < len(cases):
+        ports.add(free_port())
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(ends_of, sorted(ports), cases)) == [[""] * len(case) for case in cases]

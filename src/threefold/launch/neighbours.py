@@ -44,6 +44,8 @@ class NeighbourWatch:
         self._found: Failure | None = None
         self._heard_out: set[int] = set()
         """Machines that have finished, failed or gone: nothing more is expected of them."""
+        self._byes: set[int] = set()
+        """Machines that have heard of all others that they have finished."""
         self._to_tell: dict[str, str] = {}
         self._silent_seconds = SILENT_SECONDS
         self._last = {node: (b"", time.monotonic()) for node in self._others}
@@ -58,8 +60,16 @@ class NeighbourWatch:
         self._to_tell[f"finished/{self._me}"] = "1"
         while self._thread.is_alive() and self._found is None and len(self._heard_out) < len(self._others):
             time.sleep(_POLL_SECONDS)
+        # the first machine keeps the store, so it leaves last: when the others have said that they have heard all
+        self._to_tell[f"bye/{self._me}"] = "1"
+        end = time.monotonic() + SETTLE_SECONDS
+        while self._thread.is_alive() and self._found is None and time.monotonic() < end and not self._may_leave():
+            time.sleep(_POLL_SECONDS)
         self.stop()
         return self._found
+
+    def _may_leave(self) -> bool:
+        return not self._to_tell and (self._me > 0 or len(self._byes) == len(self._others))
 
     def cause(self, own: Failure) -> Failure:
         """Tell the others how this machine's processes ended, and hear whether one of theirs is the cause."""
@@ -91,6 +101,8 @@ class NeighbourWatch:
                     del self._to_tell[name]
                 for node in self._others:
                     self._listen_to(store, node)
+                    if self._me == 0 and store.check([f"bye/{node}"]):
+                        self._byes.add(node)
                 self._round_at = time.monotonic()
                 if self._ended.wait(BEAT_SECONDS):
                     return
