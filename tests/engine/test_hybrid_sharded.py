@@ -294,11 +294,12 @@ def one_rollout_of_memory(world: World) -> tuple[int, int, int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_back_at_its_baseline() -> None:
     """An arena of some 35 MB, and packed images of it; of neither anything stays. FSDP may or may not keep what it has
-    gathered last, a block of 17 MB; beyond that the tolerance is 10 MB."""
+    gathered last, a block of 17 MB; beyond that the tolerance is 10 MB. At the peak gloo's threads may hold two more
+    blocks, in heaps of their own."""
     block = 27 * 2**20
     for taken, left, arena in run_on_ranks(one_rollout_of_memory, 2):
         assert arena > 30 * 2**20
-        assert -block < taken - 2 * arena < block
+        assert -block < taken - 2 * arena < 3 * block
         assert left < block
 
 

@@ -22,14 +22,14 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if has_cuda else "cpu"
     if (name == "cuda" and not has_cuda) or (name == "mps" and not has_mps):
         raise ConfigError(f'run.device = "{name}": PyTorch finds no such device here; set run.device = "auto" or "cpu"')
-    if name == "cuda":
-        _take_own_gpu()
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        _take_own_gpu(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
-def _take_own_gpu() -> None:
+def _take_own_gpu(local_rank: int) -> None:
     """Of the processes of a machine each has a GPU of its own: the one of its number, or the only one that it sees."""
-    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    count = torch.cuda.device_count()
     if count > 1 and local_rank >= count:
         raise ConfigError(
             f"process {local_rank + 1} of this machine has no GPU: there are {count}; start fewer "
