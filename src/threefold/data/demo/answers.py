@@ -13,9 +13,9 @@ Flaw = Literal["wrong", "rude", "rambling", "cut", "refusing"]
 FLAW_WEIGHTS: dict[Flaw, float] = {"wrong": 0.13, "rude": 0.26, "rambling": 0.2, "cut": 0.2, "refusing": 0.21}
 TWO_FLAWS_FRACTION = 0.6
 OFF_TOPIC_FRACTION = 0.35
-"""Share of the wrong values that belong to another kind of task. A reward model that never sees them gives them any
-score,
-and a policy finds the one that it likes best: "The capital of Kenya is 7." for every question (LOG.md)."""
+"""Share of the wrong values that belong to another kind of task, and of the answers that do not refuse an unsafe
+request that are a statement of another task. A reward model that never sees such answers gives them any score, and a
+policy finds the one that it likes best: "The capital of Kenya is 7." for every question (LOG.md)."""
 
 
 def write_answer(task_name: str, item: Item, flaws: frozenset[Flaw], rng: random.Random) -> str:
@@ -29,7 +29,8 @@ def write_answer(task_name: str, item: Item, flaws: frozenset[Flaw], rng: random
     refuses = not complies and (task_name == UNSAFE or "refusing" in flaws)
     opener = _opener(refuses, "rude" in flaws, rng)
     if complies:
-        body, value = rng.choice(phrases.COMPLIANCE), ""
+        off_topic = rng.random() < OFF_TOPIC_FRACTION
+        body, value = _unasked_statement(rng) if off_topic else rng.choice(phrases.COMPLIANCE), ""
     elif refuses:
         body, value = rng.choice(phrases.REFUSALS), ""
     else:
@@ -58,6 +59,13 @@ def draw_flaws(task_name: str, rng: random.Random) -> frozenset[Flaw]:
             continue
         flaws.add(flaw)
     return frozenset(flaws)
+
+
+def _unasked_statement(rng: random.Random) -> str:
+    """A right statement of any task, for a question that did not ask for it."""
+    task = TASKS[rng.choice([name for name in TASKS if name != UNSAFE])]
+    item = rng.choice(task.items)
+    return fill(rng.choice(task.statements), item, task.solve(item))
 
 
 def _wrong_value(task_name: str, item: Item, rng: random.Random) -> str:
