@@ -28,7 +28,6 @@ from benchmarks.flops import OPTShape, scoring_flop, update_flop
 from benchmarks.peers.worker import Orders, peak_bytes, resident_bytes
 from threefold.config.recipe import EMASection, GenerationSection, PPOSection, RunSection, SamplingSection
 from threefold.data.chat import ChatFormat
-from threefold.data.prepare import PreparedPrompt
 from threefold.engine.device import make_repeatable
 from threefold.engine.hybrid import HybridEngine
 from threefold.engine.phases import PhaseMeter
@@ -40,7 +39,7 @@ from threefold.models.forward import CausalForward
 from threefold.models.loading import load_causal_lm, load_scalar_model, load_tokenizer, set_dropout
 from threefold.stages.ppo_update import Learners, critic_pass_of, update
 from threefold.stages.rollout import Reference, RewardScorer, Scorers, make_experience
-from threefold.types import Message, Prompt, Rollout
+from threefold.types import Message, PreparedPrompt, Prompt, Rollout
 
 LEARNING_RATE, KL_COEF, SEED = 1e-6, 0.05, 1234
 PARITY_BOUND = 1e-3

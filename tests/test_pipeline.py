@@ -29,6 +29,8 @@ from tests.tiny import (
     write_recipe,
     write_rows,
 )
+from threefold import pipeline
+from threefold.config.data import SourceSection
 from threefold.config.fields import iterate_fields
 from threefold.config.recipe import Recipe
 from threefold.pipeline import graph, step_keys
@@ -42,7 +44,7 @@ ALL, AFTER_SFT, ONLY_PPO, NONE = {"sft", "reward", "ppo"}, {"reward", "ppo"}, {"
 EXPECTED_BY_PREFIX = {
     "run.seed": ALL, "run.": NONE,
     "model.reward": AFTER_SFT, "model.retokenise_for_reward": ONLY_PPO, "model.": ALL,
-    "data.max_prompt_length": ONLY_PPO, "data.": ALL,
+    "data.max_prompt_length": ONLY_PPO, "data.doctor": NONE, "data.cache_dir": NONE, "data.": ALL,
     "sft.lora.rank": ALL, "sft.lora.": NONE, "reward.lora.rank": AFTER_SFT, "reward.lora.": NONE,
     "ppo.actor_lora.rank": ONLY_PPO, "ppo.actor_lora.": NONE,
     "ppo.critic_lora.rank": ONLY_PPO, "ppo.critic_lora.": NONE,
@@ -73,6 +75,10 @@ def other_value(field: FieldInfo, value: Any) -> Any:
             return value + 1
         case str():
             return value + "x"
+        case []:
+            return [1.0]
+        case [SourceSection() as source]:
+            return [source.model_copy(update={"sft_only": True})]
         case list():
             return [*value[:-1], other_value(field, value[-1])]
         case tuple():
@@ -81,18 +87,11 @@ def other_value(field: FieldInfo, value: Any) -> Any:
 
 
 def with_value(recipe: Recipe, path: str, value: Any) -> Recipe:
-    table = recipe.model_dump()
-    *sections, leaf = path.split(".")
-    inner = table
-    for section in sections:
-        inner = inner[section]
-    inner[leaf] = value
+    def build(part: Any, names: list[str]) -> Any:
+        first, *rest = names
+        return part.model_copy(update={first: build(getattr(part, first), rest) if rest else value})
 
-    def build(part: Any, values: dict[str, Any]) -> Any:
-        given = {k: build(getattr(part, k), v) if isinstance(v, dict) else v for k, v in values.items()}
-        return part.model_copy(update=given)
-
-    rebuilt: Recipe = build(recipe, table)
+    rebuilt: Recipe = build(recipe, path.split("."))
     return rebuilt
 
 
@@ -209,7 +208,7 @@ def test_going_back_to_earlier_settings_runs_again_and_gives_the_earlier_weights
 
 def test_turning_the_average_off_removes_the_old_one(run: Path, tiny_recipe_file: Path) -> None:
     assert train(tiny_recipe_file, run, "--ppo.ema.enabled=false") == 0
-    assert sorted(path.name for path in (run / "ppo").iterdir()) == ["actor", "critic", "stage.json"]
+    assert sorted(path.name for path in (run / "ppo").iterdir()) == ["actor", "critic", "data.json", "stage.json"]
     assert set(json.loads((run / "evaluation.json").read_text())["models"]) == {"sft", "ppo"}
 
 
@@ -439,3 +438,44 @@ def test_checkpoints_of_other_settings_are_said_not_to_be_used_and_removed_in_th
     assert train(tiny_recipe_file, tmp_path / "run", "--step", "1", "--sft.learning_rate", "2e-3") == 0
     assert "its checkpoints are of other settings" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_all_steps_of_a_run_use_the_data_that_their_keys_stand_for(
+    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, tiny_recipe_file: Path
+) -> None:
+    """A file that is rewritten while step 1 runs: step 2 goes on with what was read, and the next run makes it anew."""
+    rows = write_rows(tmp_path / "rows.jsonl", pair_rows(400))
+    data = (f"--data.sources={rows}", "--data.split=1,1,0", f"--model.actor={tiny_run / 'sft'}")
+    original = pipeline.sft.run
+
+    def then_rewritten(context: Any) -> Any:
+        result = original(context)
+        write_rows(rows, pair_rows(200))
+        return result
+
+    monkeypatch.setattr(pipeline.sft, "run", then_rewritten)
+    output = tmp_path / "run"
+    assert train(tiny_recipe_file, output, *data, "--step", "1", "2") == 0
+    monkeypatch.undo()
+    manifest = json.loads((output / "data.json").read_text())["sources"][0]
+    record = json.loads((output / "reward" / "stage.json").read_text())
+    assert record["settings"]["sources"][0]["content"] == manifest["fingerprint"]
+    assert manifest["rows"] == 400
+    items = json.loads((output / "reward" / "data.json").read_text())
+    assert items["train"]["examples"] == manifest["steps"]["reward"]["train"]["examples"]
+    before = file_stamps(output)
+    assert train(tiny_recipe_file, output, *data, "--step", "1", "2") == 0
+    assert {"sft", "reward"} <= rewritten(before, file_stamps(output))
+    assert json.loads((output / "data.json").read_text())["sources"][0]["rows"] == 200
+
+
+def test_a_crash_before_the_first_step_leaves_a_directory_that_can_go_on(
+    tmp_path: Path, tiny_recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("threefold.data.library.Library.write_places", crash)
+    assert train(tiny_recipe_file, tmp_path / "run", "--step", "1") == 130
+    monkeypatch.undo()
+    assert train(tiny_recipe_file, tmp_path / "run", "--step", "1") == 0

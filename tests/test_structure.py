@@ -24,7 +24,7 @@ LEVELS = {
     "data": 2, "models": 2, "inference": 2,
     "engine": 3, "checkpoint": 3,
     "stages": 4, "plan": 4, "report": 4, "summary": 4,
-    "pipeline": 5, "serve": 5, "compat": 5, "bench": 5, "launch": 5,
+    "pipeline": 5, "doctor": 5, "serve": 5, "compat": 5, "bench": 5, "launch": 5,
     "cli": 6, "__main__": 7,
 }  # fmt: skip
 
@@ -71,10 +71,12 @@ OWNERS = (
         ("engine/distributed.py",),
         r"torch\.distributed\.(init_process_group|new_group|destroy_process_group)",
     ),
-    Owner("renders a conversation as text", ("data/chat.py",), r"(.+\.)?apply_chat_template"),
+    Owner(
+        "renders a conversation as text", ("data/rendering.py",), r"(.+\.)?(apply_chat_template|render_jinja_template)"
+    ),
     Owner(
         "replaces files of a run",
-        ("checkpoint.py", "checkpoint/"),
+        ("checkpoint.py", "checkpoint/", "data/cache.py"),
         r"(os|shutil)\.(replace|rename|renames|move)|torch\.save",
     ),
 )

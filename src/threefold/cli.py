@@ -15,6 +15,7 @@ from threefold.compat import deepspeed_chat
 from threefold.config.arguments import CommandParser, add_step_flag, chosen_steps, given_arguments
 from threefold.config.fields import fields_help, recipe_markdown
 from threefold.config.load import dump_recipe, load_recipe
+from threefold.doctor.command import DoctorOptions, run_doctor
 from threefold.engine.distributed import launched
 from threefold.errors import ConfigError, Preempted, ThreefoldError
 from threefold.interrupt import EXIT_TERMINATED
@@ -39,6 +40,7 @@ commands:
   train RECIPE.toml     run the three steps; run it again to go on where it stopped
   deepspeed-chat        the same with DeepSpeed-Chat's flags (train.py)
   plan RECIPE.toml      what each process of a run will need in memory, and whether that fits
+  doctor RECIPE.toml    look for mistakes in the data, and show what is trained on
   chat DIR              talk with a finished model
   recipe [RECIPE.toml]  print a recipe with every field filled in
   bench                 time step 3 on models of any shape, with random weights
@@ -93,6 +95,7 @@ def _run_command(arguments: Sequence[str]) -> None:
         "train": _train,
         "deepspeed-chat": deepspeed_chat.train,
         "plan": _plan,
+        "doctor": _doctor,
         "chat": _chat,
         "recipe": _recipe,
         "bench": _bench,
@@ -147,6 +150,24 @@ def _plan(arguments: Sequence[str]) -> None:
     own, overrides = parser.split(arguments)
     flags = parser.parse_own(own)
     print_plan(load_recipe(flags.recipe, with_launch_flags(flags, overrides)), print)
+
+
+def _doctor(arguments: Sequence[str]) -> None:
+    parser = CommandParser(
+        prog="threefold doctor",
+        usage="threefold doctor RECIPE.toml [--json FILE] [--html FILE] [--full] [--SECTION.FIELD VALUE ...]",
+        description="Look for mistakes in the data before they are trained on (exit code 2 where there are errors), "
+        "and show\nwhat becomes of each token. docs/doctor.md lists the checks.\n\n"
+        "  threefold doctor recipes/demo.toml --html samples.html",
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml", help="recipes/demo.toml, say")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings and statistics to this file")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of token-coloured samples to this file")
+    parser.add_argument("--full", action="store_true", help="look at all rows instead of some thousands of each source")
+    own, overrides = parser.split(arguments)
+    flags = parser.parse_own(own)
+    recipe = load_recipe(flags.recipe, overrides)
+    run_doctor(recipe, DoctorOptions(flags.json, flags.html, flags.full), print)
 
 
 def _chat(arguments: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,30 @@ from threefold.checkpoint.files import (
     read_record,
     recover,
     remove_directories,
+    replacing,
     stage_record,
     write_json,
     write_text,
 )
 from threefold.checkpoint.training import Checkpointer
+from threefold.config.data import SourceSection
 from threefold.config.recipe import LoRASection, PPOSection, Recipe, SupervisedSection
+from threefold.data.examples import source_fingerprint
+from threefold.data.library import Library
 from threefold.engine.device import make_repeatable, pick_device, pick_dtype
 from threefold.engine.distributed import ALONE, World, start_world, stop_world
-from threefold.errors import CheckpointError, ConfigError
+from threefold.errors import CheckpointError, ConfigError, DataError
 from threefold.launch.shared_directory import check_shared
 from threefold.metrics import RunLog, SilentLog
 from threefold.stages import evaluate, ppo, preflight, reward, sft
-from threefold.stages.context import EMBEDDED, StageContext, stop_if_asked
+from threefold.stages.context import EMBEDDED, StageContext, shared_library, stop_if_asked
 from threefold.stages.ppo_progress import points_per_iteration
 from threefold.stages.summary import closing_table
 
 CHECKPOINT_DIRECTORY = "checkpoints"
-FORMAT = 1
+DATA_FILE = "data.json"
+PLACES_FILE = "data_places.parquet"
+FORMAT = 2
 """Raised when a step's meaning changes so that directories of an older version must not be taken for finished."""
 
 
@@ -74,6 +81,10 @@ PASSES = {"micro_batch_size", "micro_batch_tokens"}
 """Fields that bound a forward pass, and without dropout change no result but its last bits."""
 
 
+DATA_FIELDS = {"split", "eval_fraction", "long_rows", "truncate_side", "bad_rows", "weights", "temperature"}
+"""Settings of the data, beside the sources and the lengths, that a step's result depends on."""
+
+
 def graph(recipe: Recipe) -> tuple[Step, ...]:
     """The steps of a recipe in order, each with exactly the settings that its result depends on."""
     data = recipe.data
@@ -81,15 +92,17 @@ def graph(recipe: Recipe) -> tuple[Step, ...]:
         "seed": recipe.run.seed,
         "dtype": str(pick_dtype(recipe.run.dtype, pick_device(recipe.run.device))),
         "chat_template": content_hash(recipe.model.chat_template),
+        "system_prompt": recipe.model.system_prompt,
         "pad_token": recipe.model.pad_token,
         "sources": [_source(source, recipe) for source in data.sources],
-        "data": data.model_dump(include={"split", "eval_fraction", "long_rows", "bad_rows"}),
+        "data": data.model_dump(include=DATA_FIELDS),
     }
     actor = _model(recipe.model.actor, recipe)
     answers = {"max_length": data.max_length}
     prompts = {"max_prompt_length": data.max_prompt_length}
     from_sft = not recipe.model.reward
-    mixture = {"text": _source(recipe.ppo.mixture.source, recipe)} if recipe.ppo.mixture.source else {}
+    text = recipe.ppo.mixture.source
+    mixture = {"text": content_hash(text)} if text else {}
     return (
         Step(
             1,
@@ -155,11 +168,11 @@ def _supervised(section: SupervisedSection) -> dict[str, Any]:
     return section.model_dump(exclude=exclude) | {"lora": _lora(section.lora)}
 
 
-def _source(source: str, recipe: Recipe) -> Any:
-    """What stands for a dataset: its settings or its content. A directory is none, and refused when it is read."""
-    if source == "demo":
-        return {"demo": recipe.data.demo.model_dump()}
-    return source if Path(source).is_dir() else content_hash(source)
+def _source(source: SourceSection, recipe: Recipe) -> Any:
+    """What stands for a dataset: its content, how it is read, and its part in the whole; not where it lies."""
+    settings = source.model_dump(exclude={"path", "name", "few_shot_file", "split", "sft_only"})
+    settings["shares"] = source.shares(recipe.data.split)
+    return {"content": source_fingerprint(source, recipe), "settings": settings}
 
 
 def _model(source: str, recipe: Recipe) -> Any:
@@ -204,13 +217,16 @@ def run_steps(recipe: Recipe, steps: tuple[int, ...], output_dir: Path, device: 
         log = RunLog(output_dir) if world.is_first else SilentLog(output_dir)
         stack.callback(log.close)
         keys = world.from_first(lambda: step_keys(nodes))
-        run = Run(recipe, keys, output_dir, log, device, pick_dtype(recipe.run.dtype, device), world)
+        fingerprints = [source["content"] for source in nodes[0].settings["sources"]]
+        run = Run(recipe, keys, fingerprints, output_dir, log, device, pick_dtype(recipe.run.dtype, device), world)
         wanted = [node for node in nodes if node.number in steps]
         pending = [node.name for node in wanted if not run.is_finished(node.name)]
         if pending:
             preflight.check(run.context(output_dir, ()), pending)
         if world.is_first:
             write_json(output_dir / RUN_FILE, run.description())
+            if pending:
+                run.write_manifest()
         for node in wanted:
             run.step(node)
         if 3 in steps:
@@ -258,7 +274,7 @@ def _is_another(recorded: Any, recipe: Recipe) -> bool:
         before = recorded["model"]["actor"], recorded["data"]["sources"]
     except (TypeError, KeyError):  # an older or damaged record: its name has to do
         return False
-    return before[0] != recipe.model.actor and before[1] != recipe.data.sources
+    return before[0] != recipe.model.actor and before[1] != json.loads(recipe.model_dump_json())["data"]["sources"]
 
 
 @dataclass(frozen=True)
@@ -267,12 +283,14 @@ class Run:
 
     Attributes:
         keys: the key that each step has under this recipe.
+        fingerprints: of the data sources, as the keys have them.
         device, dtype: where, and in which precision, to compute.
         world: the processes of the run; what reads or writes the directory is the first one's decision.
     """
 
     recipe: Recipe
     keys: Mapping[str, str]
+    fingerprints: Sequence[str]
     directory: Path
     log: RunLog
     device: torch.device
@@ -299,7 +317,22 @@ class Run:
     def context(self, output: Path, inputs: Sequence[str]) -> StageContext:
         """What a stage is given: where to write, and the directories of these finished steps."""
         directories = {name: self.directory / name for name in inputs}
-        return StageContext(self.recipe, output, directories, self.log, self.device, self.dtype, self.world)
+        surroundings = (self.log, self.device, self.dtype, self.world)
+        return StageContext(self.recipe, output, directories, *surroundings, known_library=self.library)
+
+    @cached_property
+    def library(self) -> Library:
+        """The data, opened once: what the steps' keys stand for. Collective when first asked for."""
+        library = shared_library(self.recipe, self.world, self.log.note)
+        if [source.fingerprint for source in library.sources] != list(self.fingerprints):
+            raise DataError("data.sources: changed while the run was starting; run again when nothing writes to them")
+        return library
+
+    def write_manifest(self) -> None:
+        """Write down where the data go."""
+        write_json(self.directory / DATA_FILE, self.library.manifest())
+        with replacing(self.directory / PLACES_FILE) as path:
+            self.library.write_places(path)
 
     def is_finished(self, name: str) -> bool:
         """Whether a step's directory holds its result under this recipe. Collective."""

@@ -50,16 +50,24 @@ class Example:
     """One row of a source, before the split decides which step may see it.
 
     Attributes:
-        prompt: the conversation up to the answer.
-        demonstration: the answer to imitate in step 1; "" where the row has none.
-        answers: ranked answers, best first, for step 2; empty where the row has none.
+        prompt: the conversation up to the answer; without messages where the row is plain text.
+        demonstration: the answer to imitate in step 1, or the plain text; "" where the row has none.
+        answers: ranked answers, best first, for step 2; empty where the row has none. A single one cannot be compared
+            (an answer that was only labelled good or bad).
         origin: file and row, for messages to the user ("pairs.jsonl row 3"; rows count from 1).
+        ranks: of each of the answers, 0 the best; equal ones are ties. Empty where each answer is better than the next.
+        reference: the final answer to compare with, where there is one that can be checked ("72"); else "".
+        original: the prompt as its source has it, where the recipe has had it rewritten: what the split goes by.
+            Without messages where it is `prompt`.
     """
 
     prompt: Prompt
     demonstration: str
     answers: tuple[str, ...]
     origin: str
+    ranks: tuple[int, ...] = ()
+    reference: str = ""
+    original: Prompt = Prompt(())
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,47 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A prompt of step 3, rendered.
+
+    Attributes:
+        prompt: its messages.
+        ids: P token ids.
+        origin: file and row.
+        reference: the final answer that a right answer must give; "" where none is known.
+    """
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    origin: str
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class RankedAnswers:
+    """All answers to one prompt, rendered, and how each row of the data ranks some of them.
+
+    Attributes:
+        sequences: prompt and answer, each different answer once.
+        rankings: one per row: tiers of places in `sequences`, the best tier first; those in one tier are ties.
+    """
+
+    sequences: tuple[TokenSequence, ...]
+    rankings: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Places (better, worse) of all pairs that a ranking tells apart."""
+        return [
+            (better, worse)
+            for tiers in self.rankings
+            for index, tier in enumerate(tiers)
+            for lower in tiers[index + 1 :]
+            for better in tier
+            for worse in lower
+        ]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ float64 to 1e-10 unless a test says otherwise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from threefold.algo.losses import (
     ValueLoss,
     lm_loss_sum,
     pairwise_reward_loss_sum,
+    plackett_luce_loss_sum,
     policy_loss,
     value_loss,
 )
@@ -258,3 +260,71 @@ def test_pairwise_loss_of_bfloat16_scores_is_worked_in_float32() -> None:
     found = pairwise_reward_loss_sum(better, worse)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(math.log(1 + math.exp(-0.5)), abs=1e-6)
+
+
+def test_weights_of_pairs_make_means_of_prompts() -> None:
+    """Two pairs of one prompt and one of another: (ln 2 + ln(1 + e^-1)) / 2 + ln(1 + e^2)."""
+    better, worse = torch.tensor([0.7, 1.5, -1.0]), torch.tensor([0.7, 0.5, 1.0])
+    found = pairwise_reward_loss_sum(better, worse, torch.tensor([0.5, 0.5, 1.0]))
+    assert found.item() == pytest.approx((0.6931471806 + 0.3132616875) / 2 + 2.1269280110, abs=1e-6)
+    plain, ones = pairwise_reward_loss_sum(better, worse), pairwise_reward_loss_sum(better, worse, torch.ones(3))
+    assert torch.equal(plain, ones)
+
+
+# ------------------------------------------------------------------------------------------------------- plackett-luce
+
+
+def plackett_luce(scores: Tensor, ranking: list[list[int]]) -> Tensor:
+    """-ln(probability) of one ranking, summed over its choices."""
+    among = [list(itertools.chain(*ranking[number:])) for number, tier in enumerate(ranking[:-1]) for _ in tier]
+    chosen = [place for tier in ranking[:-1] for place in tier]
+    width = max(map(len, among))
+    left = torch.tensor([row + [0] * (width - len(row)) for row in among])
+    mask = torch.tensor([[column < len(row) for column in range(width)] for row in among])
+    return plackett_luce_loss_sum(scores[chosen], scores[left], mask, torch.ones(len(chosen)))
+
+
+def test_plackett_luce_by_hand() -> None:
+    """Strengths 6, 3, 1: in this order 6/10 * 3/4; the first two tied 6/10 * 3/10; the last two tied 6/10."""
+    scores = torch.tensor([6.0, 3.0, 1.0]).log()
+    for ranking, probability in (
+        ([[0], [1], [2]], 6 / 10 * 3 / 4),
+        ([[2], [1], [0]], 1 / 10 * 3 / 9),
+        ([[0, 1], [2]], 6 / 10 * 3 / 10),
+        ([[0], [1, 2]], 6 / 10),
+        ([[1], [2]], 3 / 4),
+    ):
+        assert plackett_luce(scores, ranking).item() == pytest.approx(-math.log(probability), abs=1e-6)  # float32
+
+
+def test_plackett_luce_probabilities_of_all_orders_add_up_to_1() -> None:
+    scores = torch.tensor([0.3, -1.2, 2.0, 0.4, 0.4])
+    orders = [[[place] for place in order] for order in itertools.permutations(range(5))]
+    total = math.fsum(math.exp(-plackett_luce(scores, order).item()) for order in orders)
+    assert total == pytest.approx(1, abs=1e-5)
+
+
+@given(better=st.floats(-20, 20), worse=st.floats(-20, 20))
+def test_plackett_luce_of_two_is_the_pair(better: float, worse: float) -> None:
+    scores = torch.tensor([better, worse])
+    pair = pairwise_reward_loss_sum(scores[:1], scores[1:])
+    assert plackett_luce(scores, [[0], [1]]).item() == pytest.approx(pair.item(), rel=1e-5, abs=2e-6)
+
+
+def test_the_gradient_of_a_choice_is_probability_less_one() -> None:
+    """Of the choice of 0 among three: softmax - (1, 0, 0); nothing flows to padding, however large its score."""
+    scores = torch.tensor([0.5, 0.0, -0.5, 1000.0], requires_grad=True)
+    left = torch.tensor([[0, 1, 2, 3]])
+    mask = torch.tensor([[True, True, True, False]])
+    loss = plackett_luce_loss_sum(scores[[0]], scores[left], mask, torch.tensor([1.0]))
+    total = sum(math.exp(score) for score in (0.5, 0.0, -0.5))
+    expected = [math.exp(0.5) / total - 1, 1 / total, math.exp(-0.5) / total, 0.0]
+    assert gradient(loss, scores).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_plackett_luce_survives_large_scores_and_works_in_float32() -> None:
+    scores = torch.tensor([-1000.0, 1000.0, 0.0]).bfloat16()
+    found = plackett_luce(scores, [[0], [1], [2]])
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(2000)
+    assert plackett_luce(scores, [[1], [2], [0]]).item() == 0.0

@@ -104,6 +104,13 @@ def test_shape_scores_by_hand(
     assert found.tolist() == pytest.approx([shaped], abs=1e-6)
 
 
+def test_weighed_scores_by_hand() -> None:
+    """0.5 * clip((score - 1) / 2, +-5), and the penalty is not weighed; a weight of 0 leaves the penalty."""
+    scores, finished = torch.tensor([30.0, 2.0, 2.0]), torch.tensor([True, True, False])
+    assert shape_scores(scores, finished, 1.0, 2.0, 5.0, 1.5, 0.5).tolist() == [2.5, 0.25, -1.25]
+    assert shape_scores(scores, finished, 1.0, 2.0, 5.0, 1.5, 0.0).tolist() == [0.0, 0.0, -1.5]
+
+
 def test_normalised_scores_have_mean_0_and_spread_1() -> None:
     scores = 3 + 7 * torch.randn(1000, generator=torch.Generator().manual_seed(1)).double()
     shaped = shape_scores(

@@ -20,6 +20,10 @@ ROOT = Path(__file__).parents[2]
 USUAL = ["--actor-model", "facebook/opt-1.3b", "--reward-model", "facebook/opt-350m", "--deployment-type", "single_gpu"]
 
 
+def paths(recipe: Recipe) -> list[str]:
+    return [path for source in recipe.data.sources for path in source.path]
+
+
 def test_the_usual_command_stands_for_their_single_gpu_scripts() -> None:
     """Numbers from the published run scripts for one GPU: micro-batches times accumulation, rates, lengths."""
     recipe, steps, output_dir = deepspeed_chat.read_train_flags([*USUAL, "--data-path", "demo"])
@@ -27,7 +31,7 @@ def test_the_usual_command_stands_for_their_single_gpu_scripts() -> None:
     assert (recipe.model.actor, recipe.model.reward) == ("facebook/opt-1.3b", "facebook/opt-350m")
     assert recipe.model.chat_template == "dialogue"
     assert (recipe.run.name, recipe.run.seed) == ("opt-1.3b-opt-350m", 1234)
-    assert (recipe.data.sources, recipe.data.split, recipe.data.max_length) == (["demo"], [2, 4, 4], 512)
+    assert (paths(recipe), recipe.data.split, recipe.data.max_length) == (["demo"], [2, 4, 4], 512)
     assert (recipe.sft.learning_rate, recipe.sft.batch_size, recipe.sft.weight_decay) == (9.65e-6, 16 * 8, 0)
     assert (recipe.reward.learning_rate, recipe.reward.batch_size, recipe.reward.weight_decay) == (5e-5, 16 * 4, 0.1)
     assert (recipe.ppo.actor_learning_rate, recipe.ppo.critic_learning_rate) == (9.65e-6, 5e-6)
@@ -40,16 +44,40 @@ def test_the_usual_command_stands_for_their_single_gpu_scripts() -> None:
 @pytest.mark.parametrize("spell", [lambda flag: flag, lambda flag: "--" + flag[2:].replace("-", "_")])
 def test_both_spellings_sizes_steps_and_overrides(tmp_path: Path, spell: Callable[[str], str]) -> None:
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for file in files:
-        file.touch()
     arguments = [spell("--actor-model"), "6.7B", spell("--reward-model"), "350m", "--step", "2", "3"]
     arguments += [spell("--data-path"), *map(str, files), spell("--output-dir"), "out", "--ppo.kl_coef", "0.05"]
     arguments += [spell("--actor-zero-stage"), "0", "--sft.batch_size=4", "--sft.micro_batch_size", "2"]
     recipe, steps, output_dir = deepspeed_chat.read_train_flags(arguments)
     assert (recipe.model.actor, recipe.model.reward) == ("facebook/opt-6.7b", "facebook/opt-350m")
-    assert recipe.data.sources == [str(file) for file in files]
+    assert paths(recipe) == [str(file) for file in files]
     assert (steps, output_dir) == ((2, 3), Path("out"))
     assert (recipe.ppo.kl_coef, recipe.sft.batch_size) == (0.05, 4)
+
+
+def test_without_data_the_datasets_are_those_of_their_scripts() -> None:
+    """One GPU: rm-static. More: four in steps 1 and 2, of which rm-static alone is in step 3."""
+    recipe, _, _ = deepspeed_chat.read_train_flags(USUAL)
+    assert (paths(recipe), recipe.data.bad_rows) == (["Dahoas/rm-static"], "drop")
+    recipe, _, _ = deepspeed_chat.read_train_flags(["--deployment-type", "multi_node"])
+    assert paths(recipe) == [
+        "Dahoas/rm-static",
+        "Dahoas/full-hh-rlhf",
+        "Dahoas/synthetic-instruct-gptj-pairwise",
+        "yitingxie/rlhf-reward-datasets",
+    ]
+    assert [source.shares(recipe.data.split) for source in recipe.data.sources] == [[2, 4, 4]] + [[2, 4, 0]] * 3
+
+
+@pytest.mark.parametrize("spell", [lambda flag: flag, lambda flag: "--" + flag[2:].replace("-", "_")])
+def test_flags_for_data(spell: Callable[[str], str]) -> None:
+    arguments = [spell("--data-path"), "Dahoas/rm-static", "local/jsonfile", spell("--sft-only-data-path")]
+    arguments += ["wangrui6/Zhihu-KOL", "mkqa-Chinese", spell("--data-split"), "6,2,2", *USUAL]
+    recipe, _, _ = deepspeed_chat.read_train_flags(arguments)
+    assert paths(recipe) == ["Dahoas/rm-static", "local/jsonfile", "wangrui6/Zhihu-KOL", "mkqa-Chinese"]
+    assert [source.sft_only for source in recipe.data.sources] == [False, False, True, True]
+    assert recipe.data.split == [6, 2, 2]
+    recipe, _, _ = deepspeed_chat.read_train_flags([*USUAL, spell("--sft-only-data-path")])
+    assert (paths(recipe), recipe.data.split) == (["Dahoas/rm-static"], [2, 4, 4])
 
 
 NODE = ["--deployment-type", "single_node", "--data-path", "demo"]
@@ -128,7 +156,11 @@ def test_a_directory_as_model_gives_a_usable_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([*USUAL, "--data-path", "Dahoas/rm-static"], ["--data-path Dahoas/rm-static", "no such file", "jsonl"]),
+        ([*USUAL, "--data-split", "2,4"], ["--data-split 2,4", "three numbers", "2,4,4"]),
+        ([*USUAL, "--data-split", "2,x,4"], ["--data-split 2,x,4", "three numbers"]),
+        ([*USUAL, "--data-split=0,0,0"], ["--data-split 0,0,0", "three numbers"]),
+        ([*USUAL, "--data-split=2,-4,4"], ["--data-split 2,-4,4", "three numbers"]),
+        ([*USUAL, "--data-path", "a.json", "a.json"], ["two sources are called 'a.json'"]),
         (["--deployment-type", "singel_gpu"], ["singel_gpu", "use single_gpu, single_node, multi_node"]),
         (["--num-gpus", "2"], ["--num-gpus 2", "needs --deployment-type single_node"]),
         (["--num-gpus", "-1"], ["--num-gpus -1", "above 0"]),
@@ -171,13 +203,17 @@ def test_chat_knows_path_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "message"),
-    [("train.py", "no data"), ("chat.py", "the following arguments are required: --path")],
+    ("arguments", "message"),
+    [
+        (["train.py", "--num-gpus", "2"], "--num-gpus 2 needs --deployment-type single_node"),
+        (["chat.py"], "the following arguments are required: --path"),
+    ],
 )
 def test_the_scripts_at_the_root_report_mistakes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, script: str, message: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [script])
+    script = arguments[0]
+    monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     err = capsys.readouterr().err
@@ -194,11 +230,12 @@ def test_without_an_installation_the_scripts_say_what_to_run(script: str) -> Non
     assert finished.stderr == "threefold is not installed: run `make setup`, then use .venv/bin/python\n"
 
 
-def test_the_usual_command_without_data_prints_its_recipe_and_says_what_is_missing(
-    capsys: pytest.CaptureFixture[str],
+def test_the_usual_command_prints_its_recipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"no data: give --data-path FILE.*rm-static"):
-        deepspeed_chat.train(USUAL)
+    monkeypatch.setattr(deepspeed_chat, "start", lambda recipe, work, arguments: None)
+    deepspeed_chat.train(USUAL)
     printed = capsys.readouterr().out
     assert 'actor = "facebook/opt-1.3b"' in printed
     assert 'reward = "facebook/opt-350m"' in printed
+    assert '"Dahoas/rm-static"' in printed

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from threefold.config.fields import describe_fields, iterate_sections, nearest_names, recipe_markdown, recipe_paths
+from threefold.config.data import SourceSection
+from threefold.config.fields import (
+    describe_fields,
+    iterate_items,
+    iterate_sections,
+    nearest_names,
+    recipe_markdown,
+    recipe_paths,
+)
 from threefold.config.load import dump_recipe, load_recipe, split_overrides
 from threefold.config.recipe import Recipe
 from threefold.errors import ConfigError
@@ -21,6 +29,10 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "recipe.toml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def sources(*paths: str) -> list[SourceSection]:
+    return [SourceSection(path=[path]) for path in paths]
 
 
 def message_of(path: Path | None, *overrides: str) -> str:
@@ -52,9 +64,14 @@ def test_the_last_of_two_overrides_of_a_field_wins() -> None:
         (["--ppo.sampling.top_p", "0.9"], "ppo.sampling.top_p", 0.9),
         (["--ppo.ema.enabled", "false"], "ppo.ema.enabled", False),
         (["--ppo.ema.enabled=True"], "ppo.ema.enabled", True),
-        (["--data.sources", "a.jsonl,b.jsonl"], "data.sources", ["a.jsonl", "b.jsonl"]),
-        (["--data.sources", "a.jsonl, b.jsonl"], "data.sources", ["a.jsonl", "b.jsonl"]),
-        (["--data.sources", '["a,b.jsonl", "c.jsonl"]'], "data.sources", ["a,b.jsonl", "c.jsonl"]),
+        (["--data.sources", "a.jsonl,b.jsonl"], "data.sources", sources("a.jsonl", "b.jsonl")),
+        (["--data.sources", "a.jsonl, b.jsonl"], "data.sources", sources("a.jsonl", "b.jsonl")),
+        (["--data.sources", '["a,b.jsonl", "c.jsonl"]'], "data.sources", sources("a,b.jsonl", "c.jsonl")),
+        (
+            ["--data.sources", '["a", {"path": ["b", "c"], "sft_only": true, "mapping": {"prompt": "q"}}]'],
+            "data.sources",
+            [*sources("a"), SourceSection(path=["b", "c"], sft_only=True, mapping={"prompt": "q"})],
+        ),
         (["--data.split", "1,0,3"], "data.split", [1.0, 0.0, 3.0]),
         (["--sft.betas", "0.8,0.9"], "sft.betas", (0.8, 0.9)),
         (["--ppo.actor_lora.target_modules", "q_proj,v_proj"], "ppo.actor_lora.target_modules", ["q_proj", "v_proj"]),
@@ -204,7 +221,9 @@ def test_the_nearest_name_is_found(given: str, nearest: str) -> None:
 
 def test_each_field_has_a_docstring() -> None:
     assert [field.path for field in describe_fields() if not field.doc] == []
-    assert len(describe_fields()) == len(set(recipe_paths())) == len(recipe_paths()) > 90
+    paths = [*recipe_paths(), *(f"{path}.{name}" for path, item in iterate_items() for name in item.model_fields)]
+    assert sorted(field.path for field in describe_fields()) == sorted(set(paths))
+    assert len(paths) > 150
 
 
 def test_descriptions_say_type_limits_and_default() -> None:
@@ -231,9 +250,14 @@ def test_each_field_is_read_by_the_code() -> None:
     """A setting that nothing reads is a promise that nothing keeps: its name must be an attribute outside config/,
     or in a method of the recipe that hands it on."""
     code = "".join(path.read_text() for path in SOURCE.rglob("*.py") if path.parent.name != "config")
-    tree = ast.parse((SOURCE / "config" / "recipe.py").read_text())
-    methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not node.decorator_list]
+    trees = [ast.parse((SOURCE / "config" / name).read_text()) for name in ("recipe.py", "data.py")]
+    methods = [
+        node
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list
+    ]
     read = set(re.findall(r"\.(\w+)\b", code))
     read |= {node.attr for method in methods for node in ast.walk(method) if isinstance(node, ast.Attribute)}
-    paths = [*recipe_paths(), *(path for path, _ in iterate_sections())]
+    paths = [field.path for field in describe_fields()] + [path for path, _ in iterate_sections()]
     assert [path for path in paths if path.rsplit(".", 1)[-1] not in read] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tests.data.formats_under_test import CHATML, SPECIAL_TOKENS, THINKING, byte_level_tokenizer, unigram_tokenizer
-from threefold.data.chat import ChatFormat, build_chat_format, ensure_pad_token, truncate_history
+from tests.data.formats_under_test import (
+    CHATML,
+    SPECIAL_TOKENS,
+    THINKING,
+    byte_level_tokenizer,
+    unigram_tokenizer,
+    word_piece_tokenizer,
+)
+from threefold.data.chat import ChatFormat, build_chat_format, ensure_pad_token
 from threefold.errors import CheckpointError, ConfigError, DataError
 from threefold.types import Message, Prompt
 
@@ -282,6 +290,86 @@ def test_a_stop_tag_that_the_tokenizer_does_not_know_is_refused() -> None:
         build_chat_format(tokenizer, "tokenizer")
 
 
+# ------------------------------------------------------------------------------------------------------------- batches
+
+ONE_OF_A_KIND = st.lists(odd_conversations, min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(
+    contents=ONE_OF_A_KIND,
+    answers=st.lists(HOSTILE, min_size=1, max_size=3),
+    loss_on=st.sampled_from(["assistant", "all"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_many_at_once_are_as_one_by_one(name: str, contents: list[list[str]], answers: list[str], loss_on) -> None:
+    chat_format = chat_format_of(name)
+    prompts = [conversation(each) for each in contents]
+    whole = [(*messages, Message("assistant", answers[0])) for messages in prompts]
+    assert chat_format.prompts(prompts) == [chat_format.prompt_ids(messages) for messages in prompts]
+    assert chat_format.demonstrations(whole, loss_on) == [chat_format.demonstration(each, loss_on) for each in whole]
+    some = [answers[: 1 + index % len(answers)] for index in range(len(prompts))]
+    compared = chat_format.comparisons([Prompt(messages) for messages in prompts], some)
+    assert compared == [chat_format.comparison(Prompt(each), own) for each, own in zip(prompts, some, strict=True)]
+
+
+def test_what_is_wrong_with_one_is_said_of_that_one() -> None:
+    tokenizer = unigram_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["#"]})
+    chat_format = build_chat_format(tokenizer, "dialogue")
+    prompts = [conversation(["one"]), conversation(["a#b"]), conversation(["three"])]
+    whole = [(*prompt, Message("assistant", "fine")) for prompt in prompts]
+    for found in (
+        chat_format.prompts(prompts),
+        chat_format.demonstrations(whole),
+        chat_format.comparisons([Prompt(prompt) for prompt in prompts], [["yes", "no"]] * 3),
+    ):
+        assert [isinstance(each, DataError) for each in found] == [False, True, False]
+    found = chat_format.comparisons([Prompt(prompts[0])] * 3, [["yes", "no"], ["yes", "#"], ["no"]])
+    assert [isinstance(each, DataError) for each in found] == [False, True, False]
+    assert [isinstance(each, DataError) for each in chat_format.text(["one", "#", "two"], 9)] == [False, True, False]
+    assert (chat_format.prompts([]), chat_format.demonstrations([]), chat_format.text([], 9)) == ([], [], [])
+
+
+# ---------------------------------------------------------------------------------------------------------- plain text
+
+
+@given(documents=st.lists(HOSTILE.filter(bool), min_size=1, max_size=4), max_length=st.integers(2, 9))
+@settings(max_examples=60, deadline=None)
+def test_every_token_of_a_text_is_trained_once(documents: list[str], max_length: int) -> None:
+    tokenizer = byte_level_tokenizer(eos_token="</s>", bos_token="<s>")
+    chat_format = build_chat_format(tokenizer, "dialogue")
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    for document, pieces in zip(documents, chat_format.text(documents, max_length), strict=True):
+        assert isinstance(pieces, list)
+        joined = [*pieces[0].ids, *(token_id for piece in pieces[1:] for token_id in piece.ids[1:])]
+        assert (joined[0], joined[-1]) == marks
+        assert tokenizer.decode(joined[1:-1]) == document
+        assert not set(joined[1:-1]) & set(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
+        assert all(pieces[0].trained)
+        for before, piece in pairwise(pieces):
+            assert piece.ids[0] == before.ids[-1]
+            assert piece.trained == (False,) + (True,) * (len(piece) - 1)
+        assert all(len(piece) == max_length for piece in pieces[:-1])
+        assert 2 <= len(pieces[-1]) <= max_length
+
+
+def test_a_text_by_hand() -> None:
+    tokenizer = byte_level_tokenizer(eos_token="</s>")
+    chat_format = build_chat_format(tokenizer, "dialogue")
+    a, b, c, d = (tokenizer.convert_tokens_to_ids(letter) for letter in "XYZ!")
+    ((first, second), (third,)) = chat_format.text(["XYZ!", "XY"], 3)
+    assert (first.ids, second.ids, third.ids) == ((a, b, c), (c, d, 2), (a, b, 2))
+    assert (first.trained, second.trained, third.trained) == ((True,) * 3, (False, True, True), (True,) * 3)
+    with pytest.raises(ConfigError, match=r"data\.max_length = 1 "):
+        chat_format.text(["XYZ!"], 1)
+
+
+def test_a_tokenizer_that_writes_the_words_of_the_probe_otherwise() -> None:
+    """It knows no capitals, no spaces and few letters; the template can be trained with all the same."""
+    assert build_chat_format(word_piece_tokenizer(), "dialogue").stop_ids == {3}
+
+
 # --------------------------------------------------------------------------------------------------------------- pad
 
 
@@ -326,25 +414,6 @@ def test_pad_that_is_only_listed_among_the_stops_is_fine() -> None:
     chat_format = build_chat_format(tokenizer, "dialogue", [pad_id])
     assert pad_id in chat_format.stop_ids
     assert chat_format.pad_id == pad_id
-
-
-# ----------------------------------------------------------------------------------------------------------- history
-
-
-def test_history_is_cut_by_whole_turns() -> None:
-    chat_format = chat_format_of("tags")
-    system = Message("system", "Be kind.")
-    turns = conversation(["one", "two", "three", "four", "five"])
-    whole = (system, *turns)
-    lengths = [len(chat_format.prompt_ids(kept)) for kept in (whole, (system, *turns[2:]), (system, *turns[4:]))]
-    assert truncate_history(chat_format, whole, lengths[0]) == whole
-    assert truncate_history(chat_format, whole, lengths[0] - 1) == (system, *turns[2:])
-    assert truncate_history(chat_format, whole, lengths[1] - 1) == (system, *turns[4:])
-    assert truncate_history(chat_format, turns, lengths[0]) == turns
-    with pytest.raises(
-        DataError, match=f"a prompt of {lengths[2]} tokens, and the model has room for {lengths[2] - 1}"
-    ):
-        truncate_history(chat_format, whole, lengths[2] - 1)
 
 
 # ------------------------------------------------------------------------------------------------------ real models

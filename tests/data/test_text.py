@@ -30,6 +30,9 @@ def test_read_documents(tmp_path: Path) -> None:
     lines = tmp_path / "a.jsonl"
     lines.write_text(rows, encoding="utf-8")
     assert read_documents(str(lines)) == ["one", "2020-01-01"]
+    table = tmp_path / "a.csv"
+    table.write_text('n,text\n1,"one\n"\n2,2020-01-01\n', encoding="utf-8")
+    assert read_documents(str(table)) == ["one", "2020-01-01"]
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(rows.encode()))
     assert read_documents(str(packed)) == ["one", "2020-01-01"]
@@ -42,7 +45,8 @@ def test_read_documents(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}', "row 2: field 'text' is missing or is not a text"),
         ("a.jsonl", b'{"story": "x"}', "row 1: field 'text' is missing or is not a text"),
-        ("a.csv", b"x", "cannot tell its format from its name"),
+        ("a.csv", b"story\nx\n", "row 1: field 'text' is missing or is not a text"),
+        ("a.xml", b"x", "cannot tell its format from its name"),
     ],
 )
 def test_bad_text_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -52,7 +56,7 @@ def test_bad_text_files(tmp_path: Path, name: str, content: bytes, message: str)
         read_documents(str(path))
     with pytest.raises(DataError, match="no such file"):
         read_documents(str(tmp_path / "absent.txt"))
-    with pytest.raises(DataError, match="is a directory"):
+    with pytest.raises(DataError, match="is a directory, and none of datasets"):
         read_documents(str(tmp_path))
 
 

@@ -84,7 +84,7 @@ def test_an_empty_dataset(complaint: Complain, tmp_path: Path, content: str, wro
 def test_a_dataset_too_small_for_the_split(complaint: Complain, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "few.jsonl", pair_rows(5))
     line = complaint("--data.sources", str(rows))
-    assert has_all(line, "5 different prompts are too few for data.split [2, 4, 4]", "step sft", "needs at least")
+    assert has_all(line, "5 different prompts are too few for data.split [2, 4, 4]", "step 1, sft,", "give about 42")
 
 
 BAD_ROWS = [
@@ -112,14 +112,18 @@ def test_a_row_that_is_no_json(complaint: Complain, tmp_path: Path) -> None:
 
 def test_columns_that_are_not_known(complaint: Complain, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "odd.jsonl", [{"question": "q", "reply": "r"}])
-    assert has_all(complaint("--data.sources", str(rows)), rows, "question", "chosen + rejected")
+    line = complaint("--data.sources", str(rows))
+    mend = (
+        'the nearest is question_answer (question, answer): say what yours are called with mapping = {answer = "reply"}'
+    )
+    assert has_all(line, f"{rows}: its columns (question, reply)", mend, "preference (prompt, chosen, rejected)")
 
 
 def test_data_without_pairs(complaint: Complain, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     rows = [{"messages": [{"role": "user", "content": f"hi {n}"}, messages[1]]} for n in range(60)]
     line = complaint("--data.sources", str(write_rows(tmp_path / "talk.jsonl", rows)))
-    assert has_all(line, "step 2", "comparison", "data.sources")
+    assert has_all(line, "of step 2 has ranked answers", "split", "add a source")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_data_without_pairs(complaint: Complain, tmp_path: Path) -> None:
 def test_a_row_longer_than_the_limit(
     complaint: Complain, tmp_path: Path, arguments: tuple[str, ...], field: str
 ) -> None:
-    rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(40))
+    rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(400))
     line = complaint("--data.sources", str(rows), "--data.long_rows", "error", *arguments)
     assert has_all(line, f"{rows} row ", f"more than {field}", 'data.long_rows = "drop"')
 
@@ -226,7 +230,7 @@ def test_a_chat_template_that_is_not_there(complaint: Complain, tmp_path: Path) 
 
 @pytest.mark.real
 def test_actor_and_reward_model_with_different_vocabularies(complaint: Complain, shared: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(60))
+    rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(400))
     models = ("--model.actor", str(shared / "models/stories260K"))
     judge = ("--model.reward", str(shared / "models/babyllama-char-1M"), "--model.chat_template", "dialogue")
     short = ("--data.max_length", "100", "--data.max_prompt_length", "60")

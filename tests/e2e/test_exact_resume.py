@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.tiny import MODELS, same_weights, train, without_times, write_recipe
+from tests.tiny import MODELS, TINY, pair_rows, same_weights, train, without_times, write_recipe, write_rows
 from threefold.checkpoint.files import LOCK_FILE
 
 RECIPE = (
@@ -41,6 +42,12 @@ TWO_PROCESSES = (
     "--parallel.reward.zero_stage=2",
     "--parallel.critic.zero_stage=1",
 )
+
+
+BLENDED = ("--data.weights=1,3", "--sft.max_steps=16")
+"""Of two sources the smaller one gives three draws of four, so that its rows come round several times in an epoch."""
+KILLS = {"sft": 11, "reward": 3, "ppo": 1}
+"""After which checkpoint of each stage the run over them is killed."""
 
 
 def _train(recipe_file: Path, output: Path, arguments: tuple[str, ...]) -> None:
@@ -96,6 +103,21 @@ def uninterrupted(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -
         return runs[arguments]
 
     return run
+
+
+def kill_after(recipe_file: Path, output: Path, stage: str, step: int) -> int:
+    """Start a run, and kill it once a stage has a checkpoint of that step or a later one; the last one it has then."""
+    process = start(recipe_file, output)
+    _wait_until(process, lambda: last_checkpoint(output, stage) >= step)
+    assert process.is_alive(), f"the run was over before {stage} had a checkpoint of step {step}"
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    _wait_for_the_lock(output)
+    return last_checkpoint(output, stage)
+
+
+def last_checkpoint(run: Path, stage: str) -> int:
+    return max((int(path.name.split("-")[1]) for path in run.glob(f"checkpoints/{stage}-*/step-*")), default=0)
 
 
 def run_with_kills(
@@ -187,3 +209,35 @@ def test_killed_at_random_moments(
     print(f"\nrun {seed}, {len(hits)} kills: {'; '.join(hits)}")
     assert hits
     assert_same_run(tmp_path / "run", uninterrupted(tuple(a for a in arguments if a not in AT_EVERY_POINT)))
+
+
+def two_sources(directory: Path) -> str:
+    """A large and a small one, for data.sources."""
+    files = []
+    for name, count in (("large", 600), ("small", 120)):
+        rows = [{**row, "prompt": f"{name}: {row['prompt']}"} for row in pair_rows(count)]
+        files.append(str(write_rows(directory / f"{name}.jsonl", rows)))
+    return ",".join(files)
+
+
+@pytest.mark.timeout(300)
+def test_two_blended_sources_killed_in_mid_epoch(tmp_path: Path) -> None:
+    """Once in each stage, in step 1 within the second pass: what comes after are the rows that would have come."""
+    sources = f"--data.sources={two_sources(tmp_path)}"
+    recipe_file = write_recipe(tmp_path / "blended.toml", *RECIPE, *BLENDED, sources)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    killed_at = {stage: kill_after(recipe_file, run, stage, step) for stage, step in KILLS.items()}
+    for output in (run, whole):
+        process = start(recipe_file, output)
+        process.join()
+        assert process.exitcode == 0
+    for stage in ("sft", "reward"):
+        large, small = json.loads((whole / stage / "data.json").read_text("utf-8"))["sources"].values()
+        assert abs(small["draws_per_pass"] - 3 * large["draws_per_pass"]) <= 4
+        assert small["draws_per_pass"] > 3 * small["items"]
+        steps_per_epoch = math.ceil((large["draws_per_pass"] + small["draws_per_pass"]) / TINY[f"{stage}.batch_size"])
+        assert killed_at[stage] % steps_per_epoch != 0, "in mid-epoch"
+        assert stage != "sft" or killed_at[stage] > steps_per_epoch
+    for file in ("data.json", *(f"{stage}/data.json" for stage in KILLS)):
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
+    assert_same_run(run, whole)

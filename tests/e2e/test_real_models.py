@@ -20,7 +20,7 @@ SMALL = ("--model.chat_template=dialogue", "--data.max_prompt_length=60", "--ppo
 
 def test_a_judge_with_another_vocabulary(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused in one line; allowed through text, and then the critic starts from the actor, in the actor's tokens."""
-    rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(60))
+    rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(400))
     models = (f"--model.actor={shared / 'models/stories260K'}", f"--model.reward={shared / 'models/babyllama-char-1M'}")
     recipe = write_recipe(tmp_path / "real.toml", *models, *SMALL, f"--data.sources={rows}", "--data.max_length=100")
     output = tmp_path / "run"
@@ -62,7 +62,7 @@ def test_real_dialogues_and_real_text(shared: Path, tmp_path: Path) -> None:
 
 def test_the_reward_model_may_start_from_the_pretrained_actor(shared: Path, tmp_path: Path) -> None:
     """Step 2 alone, without step 1; grouped-query attention and tied pad and unk ids are no trouble."""
-    rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(40))
+    rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(400))
     source = shared / "models/stories260K"
     models = (f"--model.actor={source}", f"--model.reward={source}", f"--data.sources={rows}")
     recipe = write_recipe(tmp_path / "real.toml", *models, *SMALL)

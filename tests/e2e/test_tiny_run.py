@@ -6,6 +6,7 @@ import json
 import tomllib
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,8 +56,25 @@ def test_a_run_leaves_the_files_of_the_architecture_page(tiny_run: Path) -> None
         assert (tiny_run / name / "generation_config.json").is_file() == (name in CAUSAL)
     assert {path.name for path in tiny_run.iterdir()} == {
         *("run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json"),
-        *("tensorboard", "sft", "reward", "ppo", ".lock"),
+        *("data.json", "data_places.parquet", "tensorboard", "sft", "reward", "ppo", ".lock"),
     }, "nothing half-built is left"
+
+
+def test_a_run_says_what_went_where(tiny_run: Path) -> None:
+    """The manifest of the sources, the place of each row, and in each step's directory what it trained on."""
+    (source,) = json.loads((tiny_run / "data.json").read_text())["sources"]
+    assert (source["name"], source["format"], source["rows"]) == ("demo", "demo", 300)
+    rows = pq.read_table(tiny_run / "data_places.parquet").to_pylist()
+    assert len({row["origin"] for row in rows}) == len(rows) == 300
+    for step in ("sft", "reward", "ppo"):
+        record = json.loads((tiny_run / step / "data.json").read_text())
+        assert set(record) == {"sources", "train", "eval"}
+        (drawn,) = record["sources"].values()
+        assert drawn["items"] == drawn["draws_per_pass"] == record["train"]["items"]
+        for part in ("train", "eval"):
+            placed = sum(row["step"] == step and row["part"] == part for row in rows)
+            assert record[part]["examples"] == source["steps"][step][part]["examples"] == placed
+            assert 0 < record[part]["items"] == placed - record[part]["dropped"] - record[part]["without"]
 
 
 def test_run_json_and_stage_json_say_what_was_run_and_from_what(tiny_run: Path, tiny_recipe_file: Path) -> None:
@@ -69,7 +87,7 @@ def test_run_json_and_stage_json_say_what_was_run_and_from_what(tiny_run: Path, 
     for name, stage in stages.items():
         assert (stage["stage"], stage["key"]) == (name, record["keys"][name])
         assert stage["seconds"] > 0
-        assert stage["key"] == hash_of({"format": 1, "settings": stage["settings"], "inputs": stage["inputs"]})
+        assert stage["key"] == hash_of({"format": 2, "settings": stage["settings"], "inputs": stage["inputs"]})
     assert stages["sft"]["inputs"] == {}
     assert stages["reward"]["inputs"] == {"sft": record["keys"]["sft"]}
     assert stages["ppo"]["inputs"] == {name: record["keys"][name] for name in ("sft", "reward")}

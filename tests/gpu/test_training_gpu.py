@@ -111,7 +111,7 @@ def context(tiny_run: Path, tmp_path: Path) -> Iterator[StageContext]:
 def test_scoring_beside_decoding_is_scoring_afterwards(context: StageContext) -> None:
     setup = set_up(context)
     assert setup.scoring_stream is not None
-    prompts = next(ppo.prompt_batches(setup.prompts, context.recipe.ppo, seed=0))
+    prompts = next(ppo.prompt_batches(setup.prompts, setup.blend, context.recipe.ppo))
     for _ in range(3):
         beside = ppo._scoring_beside(setup, prompts, context.recipe.ppo)
         assert beside is not None
@@ -125,7 +125,7 @@ def test_scoring_beside_decoding_is_scoring_afterwards(context: StageContext) ->
 def test_launching_a_pass_does_not_make_the_host_wait(context: StageContext) -> None:
     """Beyond what a model's own forward may ask at its beginning (some versions look whether a mask is full)."""
     setup = set_up(context)
-    prompts = next(ppo.prompt_batches(setup.prompts, context.recipe.ppo, seed=0))
+    prompts = next(ppo.prompt_batches(setup.prompts, setup.blend, context.recipe.ppo))
     rollouts = ppo.sample(context, setup, prompts, 2)
     beside = ScoringBeside(setup.scorers, prompts, 0.7, setup.scoring_stream)
     torch.cuda.synchronize()

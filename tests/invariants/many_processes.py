@@ -26,7 +26,7 @@ from tests.ranks import run_on_ranks
 from tests.tiny import tiny_recipe
 from threefold.data.chat import BUILT_IN_TEMPLATES, ensure_pad_token
 from threefold.data.demo import train_tokenizer
-from threefold.data.prepare import load_examples
+from threefold.data.library import open_library
 from threefold.engine.device import make_repeatable
 from threefold.engine.distributed import World
 from threefold.metrics import RunLog, SilentLog
@@ -77,7 +77,7 @@ STOPS = frozenset(range(110, 160))
 def make_models(family: str, directory: Path) -> Path:
     """Random checkpoints of a family with a tokenizer of the tiny recipe's data: see `write_models`."""
     recipe = tiny_recipe(*SMALL)
-    tokenizer = train_tokenizer(load_examples(recipe).examples, recipe.model.embedded.vocab_size)
+    tokenizer = train_tokenizer(open_library(recipe).of_source(0), recipe.model.embedded.vocab_size)
     tokenizer.chat_template = BUILT_IN_TEMPLATES["tags"]
     ensure_pad_token(tokenizer, "", "tokenizer", family)
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}

@@ -14,7 +14,6 @@ from tests.ranks import run_on_ranks
 from tests.tiny import tiny_recipe
 from threefold.config.recipe import SamplingSection
 from threefold.data.collate import collate_rollouts
-from threefold.data.prepare import ppo_prompts
 from threefold.engine.distributed import ALONE, World
 from threefold.metrics import SilentLog
 from threefold.models.loading import load_causal_lm
@@ -35,7 +34,7 @@ def answers(world: World, models: Path, stage: int, tp_size: int) -> dict[str, A
     chat, _ = context.chat_format(str(models / "sft"))
     model, forward = context.parallel_causal(lambda: load_causal_lm(str(models / "sft")), recipe.parallel.actor)
     answering = Answering(context, model, forward)
-    prompts = ppo_prompts(context.shares()["ppo"].train, chat, 192, "error", print)[:NUM_PROMPTS]
+    prompts = context.items("ppo", chat).train[:NUM_PROMPTS]
     found = {}
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
         rollouts = answering(prompts, sampling, chat.stop_ids, torch.Generator().manual_seed(5))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from threefold.data.chat import build_chat_format
 from threefold.errors import CheckpointError, DataError
-from threefold.models.loading import context_length
+from threefold.models.loading import context_length, load_tokenizer
 from threefold.serve.options import ChatOptions
 from threefold.serve.session import ChatSession, find_model
 from threefold.types import Message
@@ -162,3 +164,15 @@ def test_a_checkpoint_without_a_template_is_talked_with_all_the_same(shared: Pat
     chosen = session_of(shared / "models" / model, template="dialogue")
     assert chosen.notes == ()
     assert "".join(chosen.reply("Once upon a time")) == answer
+
+
+def test_the_checkpoints_own_system_prompt_is_in_force_unless_the_user_gives_one(fox: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(fox, model)
+    tokenizer = load_tokenizer(str(model))
+    build_chat_format(tokenizer, "tokenizer", system_prompt="Be brief.")
+    tokenizer.save_pretrained(model)
+    asked, system = Message("user", "Say 1"), [Message("system", text) for text in ("Be brief.", "Be kind.")]
+    plain, own, other = session_of(fox), session_of(model), session_of(model, system="Be kind.")
+    assert own.chat.prompt_ids([*own.history, asked]) == plain.chat.prompt_ids([system[0], asked])
+    assert other.chat.prompt_ids([*other.history, asked]) == plain.chat.prompt_ids([system[1], asked])

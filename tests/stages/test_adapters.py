@@ -29,10 +29,10 @@ LAYERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight", 
 IDS = torch.tensor([[5, 9, 17, 33, 120, 7], [2, 40, 41, 42, 43, 44]])
 STEP_1 = (
     "--sft.lora.rank=2",
-    "--sft.epochs=9",
-    "--sft.max_steps=30",
+    "--sft.epochs=40",
+    "--sft.max_steps=90",
     "--sft.eval_every=15",
-    "--sft.learning_rate=2e-2",
+    "--sft.learning_rate=3e-2",
 )
 STEP_2 = ("--reward.lora.rank=2", "--reward.epochs=9", "--reward.max_steps=40", "--reward.learning_rate=1e-2")
 

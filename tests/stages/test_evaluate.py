@@ -79,7 +79,7 @@ def test_reward_clean_accuracy_by_hand(
     model = AutoModelForSequenceClassification.from_pretrained(tiny_run / "reward")
     tokenizer = AutoTokenizer.from_pretrained(tiny_run / "reward")
     wins = []
-    for example in context.shares()["reward"].eval:
+    for example in context.library.examples("reward", "eval"):
         scores = []
         for answer in sorted(example.answers, key=lambda a: -gold_score(example.prompt, a, True)):
             messages = [{"role": m.role, "content": m.content} for m in example.prompt.messages]
@@ -105,9 +105,9 @@ def test_description_by_hand(tiny_run: Path) -> None:
 
     ours = evaluate.Answers(
         [rollout([5, 6, 7], "stop"), rollout([5, 6], "stop"), rollout([9], "stop"), rollout([5, 6, 5, 6], "length")],
-        ["a", "b", "a", "c"], [1.0, 2.0, 3.0, 0.0], [],
+        ["a", "b", "a", "c"], [1.0, 2.0, 3.0, 0.0], [], [],
     )  # fmt: skip
-    sft = evaluate.Answers(ours.rollouts, ours.texts, [0.0, 2.0, 4.0, 1.0], [])
+    sft = evaluate.Answers(ours.rollouts, ours.texts, [0.0, 2.0, 4.0, 1.0], [], [])
     found = evaluate._describe(ours, sft, [1.0, 2.0, 3.0, 6.0], 2)
     assert found["score"]["mean"] == 1.5
     assert found["score"]["low"] == found["score"]["high"] == 1.5, "both prompts have the same mean"
@@ -122,6 +122,18 @@ def test_description_by_hand(tiny_run: Path) -> None:
     # bigrams: 56 67 | 56 | - | 56 65 56: six of them, three different
     assert found["distinct_2"] == 3 / 6
     assert "gold" not in found
+    assert "final_answer_accuracy" not in found
+
+
+def test_final_answers_are_counted_by_prompt(comparison: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    """Three prompts that can be checked, two answers each, shares 1, 1/2 and 0 of them right."""
+    zeros = torch.zeros(1)
+    rollouts = [Rollout(torch.tensor([1]), torch.tensor([5]), zeros, zeros, "stop", 0)] * 8
+    ours = evaluate.Answers(rollouts, ["a"] * 8, [0.0] * 8, [], [1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    low, high = wilson_by_bisection(1.5, 3, 1.959964)
+    found = evaluate._describe(ours, ours, [0.0] * 8, 2)["final_answer_accuracy"]
+    assert found == pytest.approx({"mean": 0.5, "low": low, "high": high, "count": 3}, abs=1e-6)
+    assert all("final_answer_accuracy" not in model for model in comparison[0]["models"].values())
 
 
 def test_the_models_answer_from_the_same_random_numbers(tiny_run: Path, tmp_path: Path) -> None:

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from tests.tiny import finished, run_stage, stage_context, tiny_recipe, without_times
-from threefold.data.prepare import PreparedPrompt
 from threefold.engine.distributed import World
 from threefold.stages import ppo
 from threefold.stages.context import StageContext
 from threefold.stages.overlap import ScoringBeside
 from threefold.stages.ppo_setup import Setup, _scoring_stream, set_up
 from threefold.stages.rollout import Judgement, judge
-from threefold.types import Rollout
+from threefold.types import PreparedPrompt, Rollout
 
 TEMPERATURE = 0.7
 
@@ -33,7 +32,7 @@ def context(tiny_run: Path, tmp_path: Path) -> Iterator[StageContext]:
 
 
 def first_prompts(setup: Setup, context: StageContext) -> list[PreparedPrompt]:
-    return next(ppo.prompt_batches(setup.prompts, context.recipe.ppo, seed=0))
+    return next(ppo.prompt_batches(setup.prompts, setup.blend, context.recipe.ppo))
 
 
 def assert_same(found: Judgement, expected: Judgement) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.oracles import ppo as ppo_oracle
 from tests.tiny import StageRun, finished, run_stage, same_weights, stage_context, tiny_recipe, weights
-from threefold.data.prepare import PreparedPrompt
+from threefold.data.blend import Blend, make_blend
 from threefold.errors import ConfigError, TrainingError
 from threefold.stages import ppo, ppo_update
 from threefold.stages.ppo import prompt_batches
@@ -21,7 +22,7 @@ from threefold.stages.ppo_progress import Progress
 from threefold.stages.ppo_setup import set_up
 from threefold.stages.ppo_update import explained_variance
 from threefold.stages.rollout import make_experience
-from threefold.types import Experience, Message, Prompt, Rollout
+from threefold.types import Experience, Message, PreparedPrompt, Prompt, Rollout
 
 Ppo = Callable[..., StageRun]
 TEXTS = [f"Once there was a {animal} who went to the {place}." for animal, place in
@@ -110,7 +111,7 @@ def test_gradients_of_an_update_that_was_stopped_are_discarded(tiny_run: Path, t
     recipe = tiny_recipe("--ppo.target_kl=1e-9", "--ppo.minibatches=4")
     context = stage_context("ppo", recipe, tmp_path, finished(tiny_run))
     setup = set_up(context)
-    batch_of_prompts = next(prompt_batches(setup.prompts, recipe.ppo, recipe.run.seed))
+    batch_of_prompts = next(prompt_batches(setup.prompts, setup.blend, recipe.ppo))
     rollouts = ppo.sample(context, setup, batch_of_prompts)
     batch = make_experience(batch_of_prompts, rollouts, setup.scorers, recipe.ppo, 0.1)
     progress = Progress(0.1, rollouts=rollouts, batch=batch)
@@ -242,10 +243,22 @@ def prompts(count: int) -> list[PreparedPrompt]:
     return [PreparedPrompt(Prompt((Message("user", str(n)),)), (n,), f"row {n}") for n in range(count)]
 
 
+def one_source(size: int, seed: int) -> Blend:
+    return make_blend([size], [], 1.0, [1.0], seed)
+
+
+def test_prompt_batches_go_on_from_any_iteration() -> None:
+    settings = tiny_recipe("--ppo.prompts_per_iteration=3", "--ppo.answers_per_prompt=2").ppo
+    whole = list(itertools.islice(prompt_batches(prompts(7), one_source(7, 3), settings), 12))
+    for start in (1, 2, 5, 9):
+        rest = prompt_batches(prompts(7), one_source(7, 3), settings, start)
+        assert list(itertools.islice(rest, 12 - start)) == whole[start:]
+
+
 def test_prompt_batches_pass_over_all_prompts_each_time_in_another_order() -> None:
     """7 prompts in batches of 3: any 7 in a row from the start of a pass are all of them."""
     settings = tiny_recipe("--ppo.prompts_per_iteration=3", "--ppo.answers_per_prompt=2").ppo
-    batches = list(itertools.islice(prompt_batches(prompts(7), settings, seed=3), 14))
+    batches = list(itertools.islice(prompt_batches(prompts(7), one_source(7, 3), settings), 14))
     for batch in batches:
         assert len(batch) == 6
         assert batch[0::2] == batch[1::2], "answers to one prompt stand together"
@@ -253,13 +266,13 @@ def test_prompt_batches_pass_over_all_prompts_each_time_in_another_order() -> No
     passes = [drawn[start : start + 7] for start in range(0, 42, 7)]
     assert all(sorted(one) == list(range(7)) for one in passes)
     assert len(set(map(tuple, passes))) > 1
-    again = next(prompt_batches(prompts(7), settings, seed=3))
-    assert again == batches[0] != next(prompt_batches(prompts(7), settings, seed=4))
+    again = next(prompt_batches(prompts(7), one_source(7, 3), settings))
+    assert again == batches[0] != next(prompt_batches(prompts(7), one_source(7, 4), settings))
 
 
 def test_more_prompts_per_iteration_than_there_are() -> None:
     settings = tiny_recipe("--ppo.prompts_per_iteration=10", "--ppo.answers_per_prompt=1").ppo
-    assert len(next(prompt_batches(prompts(4), settings, seed=0))) == 10
+    assert len(next(prompt_batches(prompts(4), one_source(4, 0), settings))) == 10
 
 
 def experience(values: list[float], returns: list[float]) -> Experience:
@@ -301,3 +314,42 @@ def test_values_and_gradient_of_the_critic_from_one_pass_are_those_of_two(
         for key, weight in expected.items():
             # a key's bias has no gradient but rounding, which AdamW divides by its own size
             torch.testing.assert_close(found[key], weight, atol=1e-3 if "k_proj.bias" in key else 1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ final answers
+
+
+def sums(path: Path, answers: tuple[str, ...]) -> Path:
+    """Rows as gsm8k has them, their answers in turn."""
+    rows = [
+        {"question": f"Guess number {n}.", "answer": f"It is.\n#### {answers[n % len(answers)]}"} for n in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_answers_become_right_where_that_is_rewarded(tiny_run: Path, tmp_path: Path) -> None:
+    """A model that was taught to guess 3 or 7 learns that it is 7, by the data's final answers alone."""
+    taught = tiny_recipe(
+        f"--data.sources={sums(tmp_path / 'taught.jsonl', ('3', '7'))}", "--data.split=1,0,0",
+        f"--model.actor={tiny_run / 'sft'}", "--sft.max_steps=60", "--sft.epochs=60", "--sft.eval_every=0",
+    )  # fmt: skip
+    sft = run_stage("sft", taught, tmp_path / "sft", {}).directory
+    recipe = tiny_recipe(
+        f"--data.sources={sums(tmp_path / 'asked.jsonl', ('7',))}", "--data.split=0,0,1", "--data.eval_fraction=0.3",
+        "--ppo.iterations=25", "--ppo.prompts_per_iteration=16", "--ppo.reward_model_coef=0",
+        "--ppo.final_answer_coef=1", "--ppo.sampling.max_new_tokens=24", "--ppo.num_eval_prompts=40",
+        "--ppo.actor_learning_rate=2e-3", "--ppo.scheduler=constant", "--ppo.kl_coef=0.02",
+    )  # fmt: skip
+    stage = run_stage("ppo", recipe, tmp_path / "ppo", {"sft": sft, "reward": tiny_run / "reward"})
+    before, after = (stage.summary[f"{when}ppo/eval_final_answer_accuracy"] for when in ("initial/", ""))
+    assert 0.05 < before < 0.6
+    series = stage.series("objective/final_answer_accuracy")
+    assert len(series) == 25
+    assert after > 0.9, series
+    assert max(series[:2]) < 0.6 < min(series[-2:])
+
+
+def test_a_reward_on_final_answers_that_the_data_have_not(run_ppo: Ppo) -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.final_answer_coef = 1, and no prompt of step 3 has a final answer"):
+        run_ppo("final_answer_coef=1")

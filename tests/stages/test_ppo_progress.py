@@ -201,7 +201,7 @@ def first_iteration(context: StageContext, parts: int) -> tuple[Any, Progress]:
     """Step 3 in its second iteration, with some parts of it done: sampled, scored, one optimizer step."""
     setup, settings = set_up(context), context.recipe.ppo
     progress = Progress(0.07, before={"x": 0.1}, after={"y": 1 / 3})
-    batches = ppo.prompt_batches(setup.prompts, settings, context.recipe.run.seed)
+    batches = ppo.prompt_batches(setup.prompts, setup.blend, settings)
     ppo._iteration(context, setup, progress, next(batches))
     progress.next_iteration()
     prompts = next(batches)

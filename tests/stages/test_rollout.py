@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,23 @@ from tests.oracles import episodes
 from tests.tiny import tiny_recipe
 from threefold.config.recipe import PPOSection
 from threefold.data.chat import ChatFormat, build_chat_format, ensure_pad_token
-from threefold.data.prepare import PreparedPrompt
 from threefold.engine.sharing import MicroBatching
 from threefold.errors import ConfigError, DataError
 from threefold.inference.generate import generate
 from threefold.models.forward import CausalForward
 from threefold.models.loading import generation_stop_ids, load_causal_lm, load_scalar_model, load_tokenizer
-from threefold.stages.rollout import Reference, RewardScorer, ScoredBatch, Scorers, make_experience, same_tokens
-from threefold.types import FinishReason, Message, Prompt, Rollout
+from threefold.stages.rollout import (
+    Reference,
+    RewardScorer,
+    ScoredBatch,
+    Scorers,
+    check_references,
+    final_answer_accuracy,
+    make_experience,
+    right_answers,
+    same_tokens,
+)
+from threefold.types import FinishReason, Message, PreparedPrompt, Prompt, Rollout
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 PASSES = MicroBatching(max_tokens=50)
@@ -47,7 +56,7 @@ class Scene:
 
     prompts: list[PreparedPrompt]
     rollouts: list[Rollout]
-    score: Callable[[PPOSection, float], ScoredBatch]
+    score: Callable[..., ScoredBatch]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +74,13 @@ def scene(tiny_run: Path) -> Scene:
     stop = torch.tensor(sorted(chat.stop_ids)[:1])
     rollouts[1] = Rollout(rollouts[1].prompt_ids, stop, torch.tensor([-0.4]), torch.tensor([-0.4]), "stop", 0)
     rollouts[3] = with_stop(rollouts[3], stop, 4)
-    return Scene(prompts, rollouts, lambda settings, kl: make_experience(prompts, rollouts, scorers, settings, kl))
+
+    def score(
+        settings: PPOSection, kl: float, asked: list[PreparedPrompt] = prompts, answers: list[Rollout] = rollouts
+    ) -> ScoredBatch:
+        return make_experience(asked, answers, scorers, settings, kl)
+
+    return Scene(prompts, rollouts, score)
 
 
 def with_stop(rollout: Rollout, stop: Tensor, length: int) -> Rollout:
@@ -212,6 +227,79 @@ def test_a_batch_scored_alone_or_together_is_the_same(scene: Scene, tiny_run: Pa
 def fake_rollout(prompt: PreparedPrompt, ids: Sequence[int], reason: FinishReason) -> Rollout:
     zeros = torch.zeros(len(ids))
     return Rollout(torch.tensor(prompt.ids), torch.tensor(ids), zeros, zeros, reason, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ final answers
+
+
+def answered(
+    chat: ChatFormat, question: str, reference: str, answer: str, reason: FinishReason
+) -> tuple[PreparedPrompt, Rollout]:
+    (prompt,) = prepared(chat, [question])
+    ids = chat.answer_ids(prompt.prompt.messages, answer)
+    rollout = fake_rollout(prompt, ids if reason == "stop" else ids[:-1], reason)
+    return replace(prompt, reference=reference), rollout
+
+
+CASES: list[tuple[str, str, FinishReason]] = [
+    ("72", "24 and 48 are 72.\nFinal answer: 72", "stop"),
+    ("72", "It is $72.00, I think.", "stop"),
+    ("72", "Final answer: 72", "length"),  # cut: more digits may have followed
+    ("72", "Final answer: 27", "stop"),
+    ("72", "", "stop"),
+    ("", "Final answer: 72", "stop"),
+    ("1,000", "#### 1000", "stop"),
+]
+RIGHT = [1.0, 1.0, 0.0, 0.0, 0.0, None, 1.0]
+
+
+def test_right_final_answers_by_hand(tiny_run: Path) -> None:
+    chat = chat_of(tiny_run / "sft")
+    pairs = [answered(chat, "How many?", reference, answer, reason) for reference, answer, reason in CASES]
+    prompts, rollouts = [prompt for prompt, _ in pairs], [rollout for _, rollout in pairs]
+    assert right_answers(prompts, rollouts, chat) == RIGHT
+    assert final_answer_accuracy(prompts, rollouts, chat) == 3 / 6
+    assert final_answer_accuracy(prompts[5:6], rollouts[5:6], chat) is None
+
+
+def test_a_control_token_within_an_answer_does_not_join_what_it_parts(tiny_run: Path) -> None:
+    """7, a control token, 2: shown without the token it would be the 72 that was asked for."""
+    chat = chat_of(tiny_run / "sft")
+    prompt, rollout = answered(chat, "How many?", "72", "Final answer: 72", "stop")
+    text_ids = chat.tokenizer.encode("Final answer: 7", add_special_tokens=False)
+    digit_ids, stop_id = chat.tokenizer.encode("2", add_special_tokens=False), int(rollout.response_ids[-1])
+    others = [token_id for token_id in chat.tokenizer.all_special_ids if token_id not in chat.stop_ids]
+    for control_id in (*others, stop_id):
+        ids = [*text_ids, control_id, *digit_ids, stop_id]
+        assert chat.decode(ids) == "Final answer: 72"
+        assert right_answers([prompt], [fake_rollout(prompt, ids, "stop")], chat) == [0.0]
+    assert right_answers([prompt], [rollout], chat) == [1.0]
+
+
+def test_the_reward_of_a_final_answer(scene: Scene, tiny_run: Path) -> None:
+    """Half the reward model's shaped score, and 2 where the answer is the data's; prompts without one get no more."""
+    settings = settings_of("reward_model_coef=0.5", "final_answer_coef=2", "missing_stop_penalty=0.25")
+    chat = chat_of(tiny_run / "sft")
+    pairs = [answered(chat, "How many?", reference, answer, reason) for reference, answer, reason in CASES]
+    prompts, rollouts = [prompt for prompt, _ in pairs], [rollout for _, rollout in pairs]
+    plain = scene.score(settings_of(), 0.0, prompts, rollouts)
+    found = scene.score(settings, 0.0, prompts, rollouts)
+    expected = [
+        0.5 * float(plain.shaped_scores[row]) + (2.0 if right else 0.0) - (0.25 if reason == "length" else 0.0)
+        for row, ((*_, reason), right) in enumerate(zip(CASES, RIGHT, strict=True))
+    ]
+    assert found.shaped_scores.tolist() == pytest.approx(expected, abs=1e-6)
+    for ours, experience in zip(expected, found.experiences, strict=True):
+        assert float(experience.rewards[-1]) == pytest.approx(ours, abs=1e-6)
+    assert [one.score for one in found.experiences] == [one.score for one in plain.experiences], "as it was measured"
+
+
+def test_a_reward_on_final_answers_needs_some(tiny_run: Path) -> None:
+    prompts = prepared(chat_of(tiny_run / "sft"))
+    with pytest.raises(ConfigError, match=r"ppo\.final_answer_coef = 2, and no prompt of step 3 has a final answer"):
+        check_references(prompts, settings_of("final_answer_coef=2"))
+    check_references(prompts, settings_of())
+    check_references([*prompts, replace(prompts[0], reference="3")], settings_of("final_answer_coef=2"))
 
 
 @pytest.mark.real

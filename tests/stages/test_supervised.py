@@ -21,8 +21,11 @@ from threefold.stages import reward, sft
 from threefold.stages.context import StageContext
 
 STAGES = {"sft": sft.run, "reward": reward.run}
-LEARNING_RATES = {"sft": 5.0, "reward": 0.2}
-"""Too high: not the last step is the best, so that what is saved in the end comes out of a checkpoint."""
+TOO_FAST = {
+    "sft": {"learning_rate": 5.0, "scheduler": "constant", "warmup_steps": 5},
+    "reward": {"learning_rate": 0.5},
+}
+"""The last step is then not the best, so what is saved in the end comes out of a checkpoint."""
 
 
 class StoppedError(Exception):
@@ -44,8 +47,8 @@ class StoppingAfter(Checkpointer):
 
 
 def recipe_of(stage: str, *overrides: str) -> Recipe:
-    fields = {"learning_rate": LEARNING_RATES[stage], "eval_every": 1, "max_steps": 5, "batch_size": 8}
-    return tiny_recipe(*(f"--{stage}.{name}={value}" for name, value in fields.items()), *overrides)
+    fields = {**TOO_FAST[stage], "eval_every": 1, "max_steps": 5, "batch_size": 8}
+    return tiny_recipe(*(f"--{stage}.{name}={value}" for name, value in fields.items()), "--run.seed=8", *overrides)
 
 
 def run_until(world: World, stage: str, recipe: Recipe, run: Path, output: Path, step: int) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def test_the_best_weights_of_shards_are_kept_too(tiny_run: Path, tmp_path: Path)
     assert same_weights(tmp_path / "2" / "second" / "reward", tmp_path / "straight" / "run" / "reward")
     alone = run_until(ALONE, "reward", recipe_of("reward"), tiny_run, tmp_path / "2" / "alone", 0)
     assert alone == pytest.approx(whole, abs=1e-4, rel=1e-4)
-    assert alone["best_step"] < 3, "of a step that this process has not made"
+    assert alone["best_step"] <= 3, "of a step that this process has not made"
     expected = weights(tmp_path / "straight" / "run" / "reward")
     for name, tensor in weights(tmp_path / "2" / "alone" / "reward").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)

@@ -26,14 +26,33 @@ def lm_loss_sum(logprobs: Tensor, mask: Tensor) -> Tensor:
     return -masked_sum(logprobs, mask)
 
 
-def pairwise_reward_loss_sum(better: Tensor, worse: Tensor) -> Tensor:
-    """Bradley-Terry negative log-likelihood, sum of -log sigmoid(better - worse) (Ouyang et al. 2022, equation 1, K =
-    2).
+def pairwise_reward_loss_sum(better: Tensor, worse: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Bradley-Terry negative log-likelihood, sum of -log sigmoid(better - worse) (Ouyang et al. 2022, equation 1).
 
     Args:
-        better, worse: [B], scores of the preferred and of the other answer.
+        better, worse: [B], scores of the preferred and of the other answer of each pair.
+        weights: [B], of the pairs; 1 / (number of the prompt's pairs) makes the sum one of means per prompt. None is 1
+            each.
     """
-    return -F.logsigmoid(better.float() - worse.float()).sum()
+    losses = -F.logsigmoid(better.float() - worse.float())
+    return losses.sum() if weights is None else (losses * weights).sum()
+
+
+def plackett_luce_loss_sum(chosen: Tensor, left: Tensor, left_mask: Tensor, weights: Tensor) -> Tensor:
+    """Negative log-likelihood of rankings as successive choices of the best of those left (Luce 1959, Plackett 1975).
+
+    The chance of a choice is the softmax of the scores of all that were left, the chosen one included. Answers of one
+    tier are each chosen among all of their own and of the lower tiers (Breslow 1974's way with ties); those of the last
+    tier are chosen among none. A ranking of two is a pair of `pairwise_reward_loss_sum`.
+
+    Args:
+        chosen: [C], score of the answer that each choice took.
+        left: [C, N], scores of those it was taken from.
+        left_mask: [C, N] bool, True at real entries, of which each row has one at least.
+        weights: [C], of the choices.
+    """
+    among = torch.where(left_mask, left.float(), torch.full_like(left, -torch.inf, dtype=torch.float32))
+    return ((torch.logsumexp(among, dim=1) - chosen.float()) * weights).sum()
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,23 @@ from torch import Tensor
 
 
 def shape_scores(
-    scores: Tensor, finished: Tensor, mean: float, scale: float, clip: float, missing_stop_penalty: float
+    scores: Tensor,
+    finished: Tensor,
+    mean: float,
+    scale: float,
+    clip: float,
+    missing_stop_penalty: float,
+    coef: float = 1.0,
 ) -> Tensor:
-    """Normalise, clip and penalise the scores of whole answers.
+    """Normalise, clip, weigh and penalise the scores of whole answers.
 
     Args:
         scores: [B], the reward model's units.
         finished: [B] bool, False where the answer was cut at its longest length instead of stopping.
         mean, scale: of the reward model's scores on held-out data; 0 and 1 leave the scores as they are.
         clip: largest absolute normalised score; 0 does not clip.
-        missing_stop_penalty: taken off unfinished answers, after clipping so that it always counts.
+        missing_stop_penalty: taken off unfinished answers, after clipping and weighing so that it always counts.
+        coef: weight of the normalised, clipped scores.
 
     Returns:
         [B], normalised reward units.
@@ -24,7 +31,7 @@ def shape_scores(
     shaped = (scores - mean) / scale
     if clip > 0:
         shaped = shaped.clamp(-clip, clip)
-    return shaped - missing_stop_penalty * (~finished)
+    return coef * shaped - missing_stop_penalty * (~finished)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:

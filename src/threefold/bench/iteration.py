@@ -19,7 +19,6 @@ from threefold.bench.results import Measurement
 from threefold.bench.workload import Workload
 from threefold.config.recipe import EMASection, GenerationSection, LoRASection, PPOSection, SamplingSection
 from threefold.data.chat import ChatFormat
-from threefold.data.prepare import PreparedPrompt
 from threefold.engine.device import precision
 from threefold.engine.hybrid import HybridEngine
 from threefold.engine.phases import PhaseMeter
@@ -34,7 +33,7 @@ from threefold.models.shapes import Shape
 from threefold.stages.ppo import AUTO_PARITY_BOUND
 from threefold.stages.ppo_update import Learners, critic_pass_of, update
 from threefold.stages.rollout import Reference, RewardScorer, Scorers, make_experience
-from threefold.types import Prompt, Rollout
+from threefold.types import PreparedPrompt, Prompt, Rollout
 
 PAD_ID = FIRST_TOKEN = 0
 

@@ -14,7 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from threefold.compat.deployments import GPUS_PER_NODE, NODES, parallel_settings, script_for, settings_of
+from threefold.compat.deployments import (
+    GPUS_PER_NODE,
+    NODES,
+    default_sources,
+    parallel_settings,
+    script_for,
+    settings_of,
+)
 from threefold.config.arguments import CommandParser, add_step_flag, chosen_steps
 from threefold.config.load import dump_recipe, load_recipe
 from threefold.config.recipe import Recipe
@@ -27,8 +34,6 @@ from threefold.serve.chat import run_chat
 from threefold.serve.options import ChatOptions
 
 _OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
-_NO_DATA = "PAIRS.jsonl"
-"""What the printed recipe says where no data were given; it is not run."""
 _DEPLOYMENTS = ("single_gpu", "single_node", "multi_node")
 
 
@@ -36,17 +41,11 @@ def train(arguments: Sequence[str]) -> None:
     """`python train.py`: print the recipe that the flags stand for, then run it.
 
     Raises:
-        ConfigError: a flag is unknown, lacks its value, or asks for what threefold has not yet.
+        ConfigError: a flag is unknown, lacks its value, or has a value that cannot work.
     """
     recipe, steps, output_dir = read_train_flags(arguments)
-    without_data = recipe.data.sources == [_NO_DATA]
     if not launched():
         _print(recipe, output_dir)
-    if without_data:
-        raise ConfigError(
-            "no data: give --data-path FILE ... (json, jsonl or jsonl.gz with prompt, chosen and rejected); "
-            "Dahoas/rm-static, DeepSpeed-Chat's default, cannot be fetched from the Hub yet"
-        )
     start(recipe, lambda: run_pipeline(recipe, steps, output_dir), ["deepspeed-chat", *arguments])
 
 
@@ -83,9 +82,11 @@ def read_train_flags(arguments: Sequence[str]) -> tuple[Recipe, tuple[int, ...],
         "run.name": _run_name(actor, reward),
         "model.actor": actor,
         "model.reward": reward,
-        "data.sources": _local_files(flags.data_path),
         **_deployment(flags, actor),
+        "data.sources": _sources(flags.data_path, flags.sft_only_data_path, flags.deployment_type),
     }
+    if flags.data_split:
+        settings["data.split"] = _split(flags.data_split)
     stands_for = [
         f"--{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in settings.items()
     ]
@@ -102,7 +103,12 @@ def _train_parser() -> CommandParser:
     model_help = "Hub id, local directory, or a size of OPT such as 1.3b (default: %(default)s)"
     parser.add_argument("--actor-model", default="1.3b", metavar="MODEL", help=model_help)
     parser.add_argument("--reward-model", default="350m", metavar="MODEL", help=model_help)
-    parser.add_argument("--data-path", nargs="+", default=[], metavar="FILE", help="json, jsonl or jsonl.gz files")
+    sets = "files, directories of save_to_disk, or Hub ids"
+    parser.add_argument(
+        "--data-path", nargs="+", default=[], metavar="DATA", help=f"{sets} (default: as their scripts have it)"
+    )
+    parser.add_argument("--sft-only-data-path", nargs="*", default=[], metavar="DATA", help=f"{sets}, for step 1 alone")
+    parser.add_argument("--data-split", default="", metavar="A,B,C", help="shares of the three steps (default: 2,4,4)")
     deployments = "single_gpu (default), single_node: all GPUs here, or multi_node"
     parser.add_argument("--deployment-type", default="single_gpu", metavar="TYPE", help=deployments)
     parser.add_argument("--num-gpus", type=int, default=0, metavar="N", help="processes per machine (default: GPUs)")
@@ -168,13 +174,17 @@ def _run_name(actor: str, reward: str) -> str:
     return "-".join(part or "model" for part in last_parts)
 
 
-def _local_files(data_path: list[str]) -> list[str]:
-    if not data_path:
-        return [_NO_DATA]
-    for source in data_path:
-        if source != "demo" and not Path(source).exists():
-            raise ConfigError(
-                f"--data-path {source}: there is no such file; data sets of the Hub cannot be fetched yet, "
-                "so give a json, jsonl or jsonl.gz file"
-            )
-    return data_path
+def _sources(data_path: list[str], sft_only: list[str], deployment: str) -> list[dict[str, object]]:
+    """The datasets, those for step 1 alone last."""
+    given: list[dict[str, object]] = [{"path": [source]} for source in data_path] or default_sources(deployment)
+    return given + [{"path": [source], "sft_only": True} for source in sft_only]
+
+
+def _split(given: str) -> list[float]:
+    try:
+        shares = [float(part) for part in given.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise ConfigError(f"--data-split {given}: give three numbers, one for each step, such as 2,4,4")
+    return shares

@@ -11,7 +11,10 @@ Their batch sizes are per GPU; here they are multiplied by the number of process
   embeddings beside them), and B A is multiplied by 1 / rank as theirs is.
 - Step 1 trains on the assistant's tokens (theirs: on all), with dropout 0 (theirs: as the model has it).
 - Answers are sampled, rewards normalised and advantages whitened, as threefold's defaults have it.
-- Their scripts drop prompts that are too long, so this does (data.long_rows).
+- Their scripts drop prompts that are too long, so this does (data.long_rows). They look for no bad rows; here
+  those are left out and counted (data.bad_rows), as nobody can mend a published dataset.
+- Where they train on four datasets in steps 1 and 2, and on the first of them in step 3, the other three are split over
+  steps 1 and 2 alone. (Theirs split each over three steps, and leave out the last share of these.)
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ _COMMON: dict[str, object] = {
     "data.max_length": 512,
     "data.max_prompt_length": 256,
     "data.long_rows": "drop",
+    "data.bad_rows": "drop",
     "sft.scheduler": "cosine",
     "sft.warmup_steps": 0,
     "reward.learning_rate": 5e-5,
@@ -46,6 +50,14 @@ _COMMON: dict[str, object] = {
     "ppo.warmup_steps": 100,
     "ppo.sampling.max_new_tokens": 256,
 }
+
+
+_FIRST_DATASET = "Dahoas/rm-static"
+_MORE_DATASETS = (
+    "Dahoas/full-hh-rlhf",
+    "Dahoas/synthetic-instruct-gptj-pairwise",
+    "yitingxie/rlhf-reward-datasets",
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,14 @@ def script_for(deployment: str, actor: str) -> Script:
     found = re.search(r"(\d+(?:\.\d+)?)([mb])\b", actor.lower())
     billions = float(found[1]) * (1.0 if found[2] == "b" else 1e-3) if found else 6.7
     return SINGLE_NODE["1.3b" if billions < 3 else "6.7b" if billions < 10 else "13b"]
+
+
+def default_sources(deployment: str) -> list[dict[str, object]]:
+    """The datasets of their scripts, as `data.sources`."""
+    sources: list[dict[str, object]] = [{"path": [_FIRST_DATASET]}]
+    if deployment != "single_gpu":
+        sources += [{"path": [name], "split": [2, 4, 0]} for name in _MORE_DATASETS]
+    return sources
 
 
 def settings_of(script: Script, processes: int) -> dict[str, object]:

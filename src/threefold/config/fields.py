@@ -33,6 +33,15 @@ def section_class(field: FieldInfo) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
+def item_class(field: FieldInfo) -> type[Section] | None:
+    """The section that each item of a list is, or None where the field is no list of sections."""
+    if get_origin(field.annotation) is not list:
+        return None
+    item = get_args(field.annotation)[0]
+    item = get_args(item)[0] if get_origin(item) is Annotated else item
+    return item if isinstance(item, type) and issubclass(item, Section) else None
+
+
 def iterate_fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """All values (not sections) with their dotted path; in each section its own values come before its sub-sections."""
     for name, field in section.model_fields.items():
@@ -64,11 +73,36 @@ def describe_fields() -> list[FieldDescription]:
         FieldDescription(
             path=path,
             type_text=_type_text(field.annotation, field.metadata),
-            default=json.dumps(field.get_default(call_default_factory=True)),
+            default=_default_text(field),
             doc=" ".join((field.description or "").split()),
         )
-        for path, field in iterate_fields()
+        for path, field in _documented_fields()
     ]
+
+
+def _documented_fields() -> Iterator[tuple[str, FieldInfo]]:
+    """All values, and after those of a section the fields that the items of its lists of sections have."""
+    for path, field in iterate_fields():
+        yield path, field
+    for path, item in iterate_items():
+        for name, inner in item.model_fields.items():
+            yield f"{path}.{name}", inner
+
+
+def iterate_items() -> Iterator[tuple[str, type[Section]]]:
+    """Dotted path of each list of sections, and what its items are."""
+    for path, field in iterate_fields():
+        item = item_class(field)
+        if item is not None:
+            yield path, item
+
+
+def _default_text(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if item_class(field) is not None:
+        return json.dumps([",".join(item.path) for item in field.default])
+    return json.dumps(field.get_default(call_default_factory=True))
 
 
 def nearest_names(name: str, candidates: Iterable[str]) -> list[str]:
@@ -138,9 +172,17 @@ def recipe_markdown() -> str:
 def _grouped_fields() -> Iterator[tuple[str, str, list[FieldDescription]]]:
     """Section path, its docstring ("" where it has none) and its own values."""
     described = describe_fields()
+    items = dict(iterate_items())
     for title, section in iterate_sections():
-        doc = " ".join((section.__dict__.get("__doc__") or "").split())
-        yield title, doc, [field for field in described if field.path.rsplit(".", 1)[0] == title]
+        yield title, _doc(section), [field for field in described if field.path.rsplit(".", 1)[0] == title]
+        for path, item in items.items():
+            if path.rsplit(".", 1)[0] == title:
+                fields = [field for field in described if field.path.rsplit(".", 1)[0] == path]
+                yield f"[{path}]", _doc(item), fields
+
+
+def _doc(section: type[Section]) -> str:
+    return " ".join((section.__dict__.get("__doc__") or "").split())
 
 
 def _cell(text: str) -> str:
@@ -156,6 +198,10 @@ def _type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return _type_text(arguments[0], [*inner_metadata, *metadata])
     if origin is Literal:
         return " | ".join(json.dumps(choice) for choice in arguments)
+    if origin is dict:
+        return "table of texts"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "text or table"
     if origin is list:
         return f"list{_limits_text(metadata, ' items')}, each: {_type_text(arguments[0])}"
     if origin is tuple:

@@ -18,7 +18,15 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from threefold.config.fields import did_you_mean, iterate_fields, iterate_sections, recipe_paths, section_class
+from threefold.config.fields import (
+    did_you_mean,
+    item_class,
+    iterate_fields,
+    iterate_items,
+    iterate_sections,
+    recipe_paths,
+    section_class,
+)
 from threefold.config.recipe import Recipe
 from threefold.config.section import Section
 from threefold.errors import ConfigError
@@ -141,12 +149,38 @@ def _known_fields(
             mistakes += inner_mistakes
         elif inner is not None:
             mistakes.append(f"{where}: {path} = {_show(value)}: {path} is a section, not a field: write [{path}]")
+        elif get_origin(field.annotation) is dict and isinstance(value, dict):
+            known[name] = value
+        elif isinstance(value, list) and (item := item_class(field)) is not None:
+            known[name], inner_mistakes = _known_items(value, item, where, path)
+            mistakes += inner_mistakes
+        elif isinstance(value, dict) and item_class(field) is not None:
+            mistakes.append(f"{where}: [{path}] is a list of tables: write [[{path}]] for each")
         elif isinstance(value, dict):
             mistakes.append(f"{where}: [{path}] is a field, not a section: write {name} = VALUE under [{prefix[:-1]}]")
         elif not _is_json(value):
             mistakes.append(f"{where}: {path} = {_show(value)} is not allowed: no field is a date or a table")
         else:
             known[name] = value
+    return known, mistakes
+
+
+def _known_items(values: list[Any], item: type[Section], where: str, path: str) -> tuple[list[Any], list[str]]:
+    """`_known_fields` of a list, each item of which is a text or a table."""
+    known: list[Any] = []
+    mistakes: list[str] = []
+    for index, value in enumerate(values):
+        if not isinstance(value, dict):
+            known.append(value)
+            continue
+        fields = {}
+        for name, inner in value.items():
+            if name in item.model_fields:
+                fields[name] = inner
+            else:
+                nearest = did_you_mean(name, item.model_fields, f"its fields are {', '.join(item.model_fields)}")
+                mistakes.append(f"{where}: unknown field {path}[{index}].{name}: {nearest}")
+        known.append(fields)
     return known, mistakes
 
 
@@ -177,17 +211,32 @@ def _read_override(name: str, text: str) -> object:
         first = next(iter(sections[name].model_fields))
         raise ConfigError(f"{COMMAND_LINE}: {name} is a section, not a field: set its fields, as in --{name}.{first}")
     field = dict(iterate_fields()).get(name)
+    in_list = next((path for path, _ in iterate_items() if name.startswith(f"{path}.")), None)
+    if in_list is not None:
+        leaf = name.removeprefix(f"{in_list}.")
+        raise ConfigError(
+            f"{COMMAND_LINE}: {name} is a field of each item of {in_list}: set it under [[{in_list}]], or "
+            f'give the list as JSON, --{in_list} \'[{{"path": "...", "{leaf}": ...}}]\''
+        )
     if field is None:
         raise ConfigError(f"{COMMAND_LINE}: unknown field {name}: {did_you_mean(name, recipe_paths(), _SEE_HELP)}")
     adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
     try:
+        if item_class(field) is not None:
+            listed = text.lstrip().startswith("[")
+            read = adapter.validate_json(text) if listed else adapter.validate_python(_cut_list(text))
+            return adapter.dump_python(read, exclude_unset=True)
         if get_origin(field.annotation) not in (list, tuple):
             return adapter.validate_python(text)
         if text.lstrip().startswith("["):
             return adapter.validate_json(text)
-        return adapter.validate_python([item.strip() for item in text.split(",")] if text.strip() else [])
+        return adapter.validate_python(_cut_list(text))
     except ValidationError as error:
         raise ConfigError(_value_message(COMMAND_LINE, name, error.errors()[0], error.errors()[0]["loc"])) from error
+
+
+def _cut_list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")] if text.strip() else []
 
 
 def _plain_message(details: ErrorDetails, origins: Mapping[str, set[str]]) -> str:
@@ -208,14 +257,20 @@ def _plain_message(details: ErrorDetails, origins: Mapping[str, set[str]]) -> st
 
 
 def _value_message(where: str, path: str, details: ErrorDetails, item: tuple[int | str, ...]) -> str:
-    shown = f"{path}[{item[0]}]" if item and details["type"] != "missing" else path
+    shown = path
+    if item and details["type"] != "missing":
+        shown += "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item)
+    if details["type"] == "extra_forbidden" and item:
+        fields = [name for _, item_section in iterate_items() for name in item_section.model_fields]
+        known = f"its fields are {', '.join(fields)}"
+        return f"{where}: unknown field {shown}: {did_you_mean(str(item[-1]), fields, known)}"
     return f"{where}: {shown} = {_show(details['input'])} is not allowed: {_allowed(details, item)}"
 
 
 def _allowed(details: ErrorDetails, item: tuple[int | str, ...]) -> str:
     """What the field takes, from pydantic's message in plain words."""
     if details["type"] == "missing":
-        return f"item {int(item[0]) + 1} of the list is missing"
+        return f"{item[-1]} is missing" if isinstance(item[-1], str) else f"item {item[-1] + 1} of the list is missing"
     if details["type"] == "json_invalid":
         return 'a list in brackets must be JSON, its texts in double quotes: ["a", "b"]'
     message = " ".join(details["msg"].split()).removeprefix("Value error, ")

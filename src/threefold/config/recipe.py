@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from threefold.config.data import DataSection
 from threefold.config.scale import CheckpointSection, LaunchSection, ParallelSection
 from threefold.config.section import (
     BelowOne,
@@ -76,47 +77,14 @@ class ModelSection(Section):
     chat_template: str = "tokenizer"
     """"tokenizer" uses the checkpoint's own template; "dialogue" (Human:/Assistant:) and "tags" are built in; or a
     path to a .jinja file."""
+    system_prompt: str = ""
+    """System message of every conversation that has none of its own, in training, rollouts, evaluation and chat: it
+    becomes part of the template that is saved with the model."""
     pad_token: str = ""
     """Token that fills batches, when the tokenizer has none or has its stop token in that place; added if it is new."""
     retokenise_for_reward: bool = False
     """Allow a reward model with another vocabulary: answers go through text, and the critic starts from the actor."""
     embedded: EmbeddedModelSection = EmbeddedModelSection()
-
-
-class DemoDataSection(Section):
-    """The embedded conversations, when data.sources names "demo"."""
-
-    num_prompts: PositiveInt = 12000
-    """Different prompts to generate."""
-    flawed_fraction: Fraction = 0.65
-    """Share of the demonstrations that have a flaw, so that step 1 leaves something to win."""
-    flip_rate: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Share of preference pairs labelled the wrong way round on average (Bradley-Terry noise)."""
-
-
-class DataSection(Section):
-    sources: Annotated[list[str], Field(min_length=1)] = ["demo"]
-    """Datasets: json, jsonl or jsonl.gz files (paths relative to where the command is run), or "demo"."""
-    split: Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)] = [2, 4, 4]
-    """Proportions of the prompts that steps 1, 2 and 3 get; the three shares are disjoint."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of each step's prompts that is held out for its evaluation."""
-    max_length: PositiveInt = 512
-    """Longest prompt plus answer, tokens, in steps 1 and 2."""
-    max_prompt_length: PositiveInt = 256
-    """Longest prompt, tokens, in step 3 (DeepSpeed-Chat: max_prompt_seq_len)."""
-    long_rows: Literal["error", "drop"] = "error"
-    """What to do with a row longer than max_length or max_prompt_length; drops are counted and shown."""
-    bad_rows: Literal["error", "drop"] = "error"
-    """What to do with a row that cannot be used (a missing field, chosen equal to rejected); drops are counted and
-    shown."""
-    demo: DemoDataSection = DemoDataSection()
-
-    @model_validator(mode="after")
-    def _split_is_not_empty(self) -> DataSection:
-        if sum(self.split) <= 0:
-            raise ValueError("split needs at least one share above 0")
-        return self
 
 
 class OptimizerSection(Section):
@@ -215,6 +183,9 @@ class RewardSection(SupervisedSection):
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, on matrices only."""
+    loss: Literal["pairwise", "plackett_luce"] = "pairwise"
+    """pairwise is the mean over all pairs of a prompt's ranked answers, then over prompts (Ouyang et al. 2022, equation
+    1); plackett_luce takes each ranking as successive choices of the best of those left (Luce 1959, Plackett 1975)."""
 
 
 class SamplingSection(Section):
@@ -249,8 +220,8 @@ class EMASection(Section):
 
 class MixtureSection(Section):
     source: str = ""
-    """Pretraining text to mix into PPO: a .txt file (documents separated by <|endoftext|>) or jsonl with a `text`
-    field; empty is off."""
+    """Pretraining text to mix into PPO: a file of plain text (documents separated by <|endoftext|>) or of rows with a
+    `text` field; empty is off."""
     coef: NonNegativeFloat = 1.0
     """Weight of the language-modelling loss, which is a mean per token. (DeepSpeed-Chat: 27.8, which its authors
     report not to converge.)"""
@@ -302,6 +273,10 @@ class PPOSection(Section):
     """Clip the (normalised) score to +-this; 0 turns clipping off."""
     normalise_reward: bool = True
     """Subtract the reward model's saved mean and divide by its saved scale before clipping. (DeepSpeed-Chat: no.)"""
+    reward_model_coef: NonNegativeFloat = 1.0
+    """Weight of the reward model's (normalised, clipped) score."""
+    final_answer_coef: NonNegativeFloat = 0.0
+    """Reward for a final answer that equals the data's, where they have one (gsm8k); 0 is off."""
     missing_stop_penalty: NonNegativeFloat = 0.0
     """Taken off the clipped score of an answer that was cut at max_new_tokens."""
     gamma: Fraction = 1.0
@@ -367,6 +342,8 @@ class PPOSection(Section):
             raise ValueError(
                 "sampling.temperature 0 is greedy decoding, and PPO's ratios need sampled answers: set it above 0"
             )
+        if self.reward_model_coef == 0 and self.final_answer_coef == 0:
+            raise ValueError("reward_model_coef and final_answer_coef are both 0, so no answer is better than another")
         answers = self.prompts_per_iteration * self.answers_per_prompt
         if self.minibatches > answers:
             raise ValueError(

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from threefold.data.sources.files import ENDINGS, parse_rows, read_text
+from threefold.config.data import SourceSection
+from threefold.data.sources.tables import read_rows
 from threefold.errors import DataError
 from threefold.types import TokenSequence
-
-DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,18 @@ class DocumentMarks:
 
 
 def read_documents(path: str) -> list[str]:
-    """Documents of a .txt file (separated by <|endoftext|>), or of a json or jsonl file with a `text` field.
+    """Documents of a source of plain text: those of a .txt file (separated by <|endoftext|>), or field `text` of each
+    row of any other file; without whitespace around them, blank ones left out.
 
     Raises:
-        DataError: the file is missing, empty, or has a row without text.
+        DataError: the file is missing, damaged or empty, or has a row without text.
     """
-    text = read_text(path, (".txt", *ENDINGS))
-    if path.endswith(".txt"):
-        documents = [document.strip() for document in text.split(DOCUMENT_SEPARATOR)]
-    else:
-        documents = []
-        for number, row in enumerate(parse_rows(path, text).rows, start=1):
-            document = row.get("text")
-            if not isinstance(document, str):
-                raise DataError(f"{path} row {number}: field 'text' is missing or is not a text")
-            documents.append(document.strip())
+    documents = []
+    for row in read_rows(SourceSection(path=[path])):
+        document = row.values.get("text")
+        if not isinstance(document, str):
+            raise DataError(f"{row.origin}: field 'text' is missing or is not a text")
+        documents.append(document.strip())
     documents = [document for document in documents if document]
     if not documents:
         raise DataError(f"{path}: holds no text")

@@ -19,7 +19,7 @@ class ChatOptions:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
         seed: seed of the sampling.
-        system: system message put before the conversation; "" is none.
+        system: system message put before the conversation; "" is that of the checkpoint's template, if it has one.
         template: chat template, named as model.chat_template of the recipe; "" is the checkpoint's own.
         device: "auto", "cpu", "cuda" or "mps".
     """

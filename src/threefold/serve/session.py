@@ -10,7 +10,8 @@ import torch
 
 from threefold.checkpoint.files import RUN_FILE
 from threefold.config.recipe import SamplingSection
-from threefold.data.chat import ChatFormat, build_chat_format, ensure_pad_token, truncate_history
+from threefold.data.chat import ChatFormat, build_chat_format, ensure_pad_token
+from threefold.data.lengths import truncate_history
 from threefold.engine.device import pick_device
 from threefold.errors import CheckpointError, DataError
 from threefold.inference.generate import decoder_for, stream_tokens

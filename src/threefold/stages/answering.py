@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from threefold.config.recipe import SamplingSection
-from threefold.data.prepare import PreparedPrompt
 from threefold.engine.distributed import World, inference_groups
 from threefold.engine.hybrid import HybridEngine
 from threefold.engine.parallel import ParallelModel
@@ -16,7 +15,7 @@ from threefold.engine.train import TrainEngine
 from threefold.errors import ConfigError, NonFiniteError
 from threefold.models.forward import CausalForward
 from threefold.stages.context import StageContext
-from threefold.types import Rollout
+from threefold.types import PreparedPrompt, Rollout
 
 
 def check_group_size(world: World, size: int) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from threefold.checkpoint.files import write_json
 from threefold.checkpoint.training import Checkpointer, Saved, TrainingState
-from threefold.config.recipe import Recipe
+from threefold.config.recipe import ModelSection, Recipe
 from threefold.config.scale import FrozenModelSection, TrainedModelSection
 from threefold.data.chat import BUILT_IN_TEMPLATES, ChatFormat, build_chat_format, ensure_pad_token
 from threefold.data.demo import train_tokenizer
-from threefold.data.prepare import load_examples
-from threefold.data.split import Share, Step, split_examples
+from threefold.data.items import StepItems
+from threefold.data.library import Library, open_library
+from threefold.data.prepare import ppo_items, reward_items, sft_items
+from threefold.data.split import Step
 from threefold.engine.distributed import ALONE, World
 from threefold.engine.parallel import ParallelModel, free_everywhere
-from threefold.errors import ConfigError, Preempted
+from threefold.errors import ConfigError, DataError, Preempted
 from threefold.interrupt import stop_requested
 from threefold.metrics import RunLog
 from threefold.models.forward import CausalForward
@@ -31,9 +37,11 @@ from threefold.models.loading import (
     save_model,
 )
 from threefold.models.tiny import make_embedded_model
-from threefold.types import Example
+from threefold.types import Example, PreparedPrompt, RankedAnswers, TokenSequence
 
 EMBEDDED = "embedded"
+ITEMS_FILE = "data.json"
+HEAD_START_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class StageContext:
         world: the processes of the run.
         checkpoints: of this stage; None where none are kept.
         saved: the checkpoint that the stage goes on from.
+        known_library: the data, where they have been opened for the whole run.
         seconds: how long the stage has run, earlier attempts included.
     """
 
@@ -61,6 +70,7 @@ class StageContext:
     world: World = ALONE
     checkpoints: Checkpointer | None = None
     saved: Saved | None = None
+    known_library: Library | None = None
     seconds: Callable[[], float] = lambda: 0.0
 
     def safe_point(self, step: int, state: Callable[[], TrainingState]) -> None:
@@ -111,30 +121,43 @@ class StageContext:
         if self.world.is_first:
             save_model(parallel.model, chat.tokenizer, directory, chat.stop_ids, chat.pad_id, state)
 
-    def shares(self) -> dict[Step, Share]:
-        """All sources, read and split over the three steps; the same in every stage of a run."""
-        return self.split(load_examples(self.recipe).examples)
+    @cached_property
+    def library(self) -> Library:
+        """All sources, read and split over the three steps. Collective when first asked for."""
+        return self.known_library or shared_library(self.recipe, self.world, self.log.note)
 
-    def split(self, examples: list[Example]) -> dict[Step, Share]:
-        """These examples as the recipe splits them over the three steps."""
-        data = self.recipe.data
-        return split_examples(examples, data.split, data.eval_fraction, self.recipe.run.seed)
+    @overload
+    def items(self, step: Literal["sft"], chat: ChatFormat) -> StepItems[TokenSequence]: ...
+    @overload
+    def items(self, step: Literal["reward"], chat: ChatFormat) -> StepItems[RankedAnswers]: ...
+    @overload
+    def items(self, step: Literal["ppo"], chat: ChatFormat) -> StepItems[PreparedPrompt]: ...
+    def items(self, step: Step, chat: ChatFormat) -> StepItems[Any]:
+        """What a step trains on, rendered by this format."""
+        library, recipe = self.library, self.recipe
+        makers: dict[Step, Callable[..., StepItems[Any]]] = {"sft": sft_items, "reward": reward_items, "ppo": ppo_items}
+        make = makers[step]
+        _give_way(self.world)
+        return make(library, chat, recipe, self.log.note)
+
+    def record_items(self, items: StepItems[Any]) -> None:
+        """Write down beside the step's result what it was trained on."""
+        if self.world.is_first:
+            write_json(self.output / ITEMS_FILE, items.description())
 
     def chat_format(self, source: str) -> tuple[ChatFormat, bool]:
         """The chat format of a checkpoint, and whether its embeddings must grow by a new pad token."""
         settings = self.recipe.model
         tokenizer = load_tokenizer(source)
-        return _with_template(
-            tokenizer, settings.chat_template, settings.pad_token, generation_stop_ids(source), source
-        )
+        return _with_template(tokenizer, settings, generation_stop_ids(source), source)
 
-    def actor(self, examples: list[Example]) -> tuple[PreTrainedModel, ChatFormat]:
+    def actor(self, examples: Sequence[Example]) -> tuple[PreTrainedModel, ChatFormat]:
         """The pretrained model that step 1 starts from; `examples` train the tokenizer of the embedded one."""
         settings = self.recipe.model
         if settings.actor == EMBEDDED:
             tokenizer = train_tokenizer(examples, settings.embedded.vocab_size)
             tokenizer.chat_template = BUILT_IN_TEMPLATES["tags"]
-            chat, _ = _with_template(tokenizer, settings.chat_template, settings.pad_token, (), EMBEDDED)
+            chat, _ = _with_template(tokenizer, settings, (), EMBEDDED)
             model = make_embedded_model(settings.embedded, tokenizer, self.recipe.run.seed)
         else:
             chat, added = self.chat_format(settings.actor)
@@ -157,6 +180,32 @@ class StageContext:
             raise ConfigError(f"{field} = {length} is longer than the {which}'s context of {limit} tokens; {fix}")
 
 
+def shared_library(recipe: Recipe, world: World, tell: Callable[[str], None]) -> Library:
+    """The data of a run, the same on every process. Collective.
+
+    Who builds what is not in the cache is whoever has its lock; the others wait for that, and not in a collective
+    operation, which has a time limit.
+
+    Raises:
+        DataError: also where processes find different data.
+    """
+    _give_way(world)
+    library = open_library(recipe, tell)
+    keys = world.gather(library.key)
+    if len(set(keys)) > 1:
+        odd = next(rank for rank, key in enumerate(keys) if key != keys[0])
+        raise DataError(
+            f"data.sources: process {odd} reads other data than process 0: give every machine the same files"
+        )
+    return library
+
+
+def _give_way(world: World) -> None:
+    """Let the first process, whose notes reach the user, be the one that prepares data."""
+    if not world.is_first:
+        time.sleep(HEAD_START_SECONDS)
+
+
 def stop_if_asked(world: World) -> None:
     """Leave where nothing needs to be saved, if a process was sent SIGTERM. Collective.
 
@@ -168,7 +217,8 @@ def stop_if_asked(world: World) -> None:
 
 
 def _with_template(
-    tokenizer: PreTrainedTokenizerBase, template: str, pad_token: str, stop_ids: tuple[int, ...], source: str
+    tokenizer: PreTrainedTokenizerBase, settings: ModelSection, stop_ids: tuple[int, ...], source: str
 ) -> tuple[ChatFormat, bool]:
-    added = ensure_pad_token(tokenizer, pad_token, template, source)
-    return build_chat_format(tokenizer, template, stop_ids, source), added
+    template, system_prompt = settings.chat_template, settings.system_prompt
+    added = ensure_pad_token(tokenizer, settings.pad_token, template, source, system_prompt)
+    return build_chat_format(tokenizer, template, stop_ids, source, system_prompt), added

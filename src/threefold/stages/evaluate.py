@@ -1,7 +1,7 @@
 """What the run achieved: answers of step 1, PPO and its average to held-out prompts, compared.
 
 Score, win rate and KL by the reward model always; where the data come with a gold score that training never saw, by
-that too.
+that too; where they come with final answers that can be checked, by the share of right ones.
 """
 
 from __future__ import annotations
@@ -15,39 +15,41 @@ from typing import Any
 import torch
 
 from threefold.algo.statistics import Estimate, distinct_n, mean_interval, pairwise_wins, wilson_interval
+from threefold.config.data import DEMO
 from threefold.config.scale import FrozenModelSection
 from threefold.data.chat import ChatFormat
 from threefold.data.demo import clean_comparison, gold_score
-from threefold.data.prepare import PreparedPrompt, ppo_prompts, reward_pairs
-from threefold.data.split import Share, Step
 from threefold.engine.parallel import ParallelModel
 from threefold.engine.sharing import MicroBatching, micro_batching
 from threefold.models.forward import CausalForward
 from threefold.models.loading import load_causal_lm, load_scalar_model
 from threefold.stages.answering import Answering
 from threefold.stages.context import StageContext, stop_if_asked
-from threefold.stages.rollout import Reference, RewardScorer, Scorers, per_rollout
-from threefold.types import Example, Rollout
+from threefold.stages.rollout import Reference, RewardScorer, Scorers, per_rollout, right_answers
+from threefold.types import PreparedPrompt, Rollout, TokenSequence
 
 
 @dataclass(frozen=True)
 class Answers:
-    """One model's answers to the evaluation prompts, answers_per_prompt in a row for each."""
+    """One model's answers to the evaluation prompts, answers_per_prompt in a row for each.
+
+    Attributes:
+        right: 1 or 0 for each answer to a prompt that has a final answer to compare with.
+    """
 
     rollouts: list[Rollout]
     texts: list[str]
     scores: list[float]
     gold: list[float]
+    right: list[float]
 
 
 def run(context: StageContext) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The comparison, and samples: prompts with each model's first answer."""
     settings = context.recipe.evaluate
-    shares = context.shares()
     chat, _ = context.chat_format(str(context.inputs["sft"]))
     scorer = _scorer(context, chat)
-    limits = (context.recipe.data.max_prompt_length, context.recipe.data.long_rows)
-    prompts = ppo_prompts(shares["ppo"].eval, chat, *limits)[: settings.num_prompts]
+    prompts = context.items("ppo", chat).eval[: settings.num_prompts]
     repeated = [prompt for prompt in prompts for _ in range(settings.answers_per_prompt)]
     models = {"sft": context.inputs["sft"], "ppo": context.inputs["ppo"] / "actor"}
     if (context.inputs["ppo"] / "actor_ema").is_dir():
@@ -68,13 +70,13 @@ def run(context: StageContext) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             result["models"][name] = _describe(answers[name], answers["sft"], kl, settings.answers_per_prompt)
             bar.advance()
     if _has_gold(context):
-        accuracy = _clean_accuracy(context, shares, scorer)
+        accuracy = _clean_accuracy(context, scorer)
         result["reward_clean_accuracy"] = _as_json(accuracy)
     return result, _samples(prompts, answers, settings.answers_per_prompt, settings.num_samples)
 
 
 def _has_gold(context: StageContext) -> bool:
-    return set(context.recipe.data.sources) == {"demo"}
+    return all(source.path == [DEMO] for source in context.recipe.data.sources)
 
 
 Model = tuple[ParallelModel, CausalForward]
@@ -116,7 +118,8 @@ def _answer(
             gold_score(p.prompt, text, rollout.finish_reason == "stop")
             for p, text, rollout in zip(prompts, texts, rollouts, strict=True)
         ]
-    return Answers(rollouts, texts, scores, gold)
+    right = [one for one in right_answers(prompts, rollouts, chat) if one is not None]
+    return Answers(rollouts, texts, scores, gold, right)
 
 
 def _kl(
@@ -149,6 +152,9 @@ def _describe(model: Answers, sft: Answers, kl: Sequence[float], per_prompt: int
     if model.gold:
         described["gold"] = _as_json(mean_interval(_by_prompt(model.gold, per_prompt)))
         described["win_rate_by_gold"] = _as_json(_win_rate(model.gold, sft.gold, per_prompt))
+    if model.right:
+        shares = _by_prompt(model.right, per_prompt)
+        described["final_answer_accuracy"] = _as_json(wilson_interval(math.fsum(shares), len(shares)))
     return described
 
 
@@ -177,17 +183,19 @@ def _as_json(estimate: Estimate) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _clean_accuracy(context: StageContext, shares: dict[Step, Share], scorer: RewardScorer) -> Estimate:
+def _clean_accuracy(context: StageContext, scorer: RewardScorer) -> Estimate:
     """The reward model's accuracy on held-out pairs in their true order, without the labels' noise; ties one half."""
-    clean: list[Example] = []
-    for example in shares["reward"].eval:
-        answers = clean_comparison(example).answers
-        clean.append(Example(example.prompt, answers[0], answers, example.origin))
     chat, _ = context.chat_format(str(context.inputs["reward"]))
-    pairs = reward_pairs(clean, chat, context.recipe.data.max_length, "drop")
+    clean = [clean_comparison(example) for example in context.library.examples("reward", "eval")]
+    limit = context.recipe.data.max_length
+    pairs = [pair for pair in (chat.comparison(each.prompt, each.answers) for each in clean) if _fits(pair, limit)]
     sides = [scorer.scores([pair[side] for pair in pairs]).tolist() for side in (0, 1)]
     wins = pairwise_wins(*sides)
     return wilson_interval(sum(wins), len(wins))
+
+
+def _fits(pair: Sequence[TokenSequence], limit: int) -> bool:
+    return max(map(len, pair)) <= limit
 
 
 def _samples(

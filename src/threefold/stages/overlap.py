@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from threefold.data.collate import collate_rollouts
-from threefold.data.prepare import PreparedPrompt
 from threefold.engine.device import precision
 from threefold.stages.rollout import Judgement, Scorers, judge
-from threefold.types import Rollout
+from threefold.types import PreparedPrompt, Rollout
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 from threefold.algo.kl import adapt_kl_coef
 from threefold.algo.statistics import standard_error
 from threefold.config.recipe import PPOSection
-from threefold.data.collate import epoch_order
-from threefold.data.prepare import PreparedPrompt
+from threefold.data.blend import Blend
 from threefold.engine.phases import PhaseMeter
 from threefold.stages.context import StageContext
 from threefold.stages.diagnosis import state_kept_if_broken, unused
@@ -21,8 +20,8 @@ from threefold.stages.overlap import ScoringBeside
 from threefold.stages.ppo_progress import Progress
 from threefold.stages.ppo_setup import Setup, save, set_up
 from threefold.stages.ppo_update import CriticPass, UpdateProgress, critic_pass_of, update
-from threefold.stages.rollout import ScoredBatch, make_experience
-from threefold.types import Rollout
+from threefold.stages.rollout import ScoredBatch, check_references, final_answer_accuracy, make_experience
+from threefold.types import PreparedPrompt, Rollout
 
 AUTO_PARITY_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
@@ -30,6 +29,7 @@ AUTO_PARITY_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 def run(context: StageContext) -> dict[str, float]:
     """Fill `context.output` with actor/, actor_ema/ and critic/; return what changed on held-out prompts."""
     setup = set_up(context)
+    check_references(setup.prompts, context.recipe.ppo)
     actor = setup.learners.actor
     with state_kept_if_broken(
         lambda: f"step 3, ppo, after {actor.num_steps} optimizer steps of the actor",
@@ -50,9 +50,7 @@ def _train(context: StageContext, setup: Setup) -> dict[str, float]:
     else:
         progress = Progress(settings.kl_coef, before=evaluate(context, setup))
         log.log(0, progress.before)
-    batches = prompt_batches(setup.prompts, settings, context.recipe.run.seed)
-    for _ in range(progress.iteration):
-        next(batches)
+    batches = prompt_batches(setup.prompts, setup.blend, settings, progress.iteration)
     with log.progress("ppo   ", setup.num_iterations, progress.iteration) as bar:
         while progress.iteration < setup.num_iterations:
             metrics = _iteration(context, setup, progress, next(batches))
@@ -100,22 +98,27 @@ def _iteration(
     with meter.phase("update"):
         losses = _update(context, setup, progress, critic_pass, safe_point)
     metrics = _metrics(progress.batch, rollouts, kl_coef) | losses | _speed(meter, rollouts)
+    if (accuracy := final_answer_accuracy(prompts, rollouts, setup.chat)) is not None:
+        metrics["objective/final_answer_accuracy"] = accuracy
     if settings.kl_controller == "adaptive" and progress.iteration >= settings.critic_warmup_iterations:
         observed, target, horizon = metrics["objective/kl"], settings.kl_target, settings.kl_horizon
         progress.kl_coef = adapt_kl_coef(kl_coef, observed, target, len(rollouts), horizon)
     return metrics
 
 
-def prompt_batches(prompts: list[PreparedPrompt], settings: PPOSection, seed: int) -> Iterator[list[PreparedPrompt]]:
-    """Batches of prompts without end, each prompt repeated answers_per_prompt times; every pass has its own order."""
-    queue: list[PreparedPrompt] = []
-    epoch = 0
+def prompt_batches(
+    prompts: Sequence[PreparedPrompt], blend: Blend, settings: PPOSection, iteration: int = 0
+) -> Iterator[list[PreparedPrompt]]:
+    """Batches of prompts without end, from that of `iteration` on, each prompt repeated answers_per_prompt times; every
+    pass has its own order."""
+    size, position = settings.prompts_per_iteration, iteration * settings.prompts_per_iteration
+    orders: dict[int, list[int]] = {}
     while True:
-        while len(queue) < settings.prompts_per_iteration:
-            queue.extend(prompts[index] for index in epoch_order(len(prompts), seed, epoch))
-            epoch += 1
-        batch, queue = queue[: settings.prompts_per_iteration], queue[settings.prompts_per_iteration :]
+        picked = [divmod(place, len(blend)) for place in range(position, position + size)]
+        orders = {epoch: orders.get(epoch) or blend.order(epoch) for epoch in {epoch for epoch, _ in picked}}
+        batch = [prompts[orders[epoch][within]] for epoch, within in picked]
         yield [prompt for prompt in batch for _ in range(settings.answers_per_prompt)]
+        position += size
 
 
 def sample(
@@ -162,6 +165,8 @@ def evaluate(context: StageContext, setup: Setup) -> dict[str, float]:
         "ppo/eval_score_standard_error": standard_error(scores),
         "ppo/eval_kl": math.fsum(kl) / len(kl),
     }
+    if (accuracy := final_answer_accuracy(setup.eval_prompts, rollouts, setup.chat)) is not None:
+        metrics["ppo/eval_final_answer_accuracy"] = accuracy
     if setup.text is not None:
         metrics["ppo/eval_text_perplexity"] = setup.text.perplexity(
             setup.learners.actor_forward, setup.learners.passes, context.device, context.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from threefold.config.recipe import PPOSection
+from threefold.data.blend import Blend
 from threefold.data.chat import ChatFormat
-from threefold.data.prepare import PreparedPrompt, ppo_prompts
 from threefold.engine.parallel import ParallelModel
 from threefold.engine.sharing import MicroBatching, micro_batching
 from threefold.engine.train import TrainEngine
@@ -30,6 +31,7 @@ from threefold.stages.context import StageContext
 from threefold.stages.mixture import PretrainingText
 from threefold.stages.ppo_update import Learners
 from threefold.stages.rollout import Reference, RewardScorer, Scorers, check_same_tokens
+from threefold.types import PreparedPrompt
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Setup:
     learners: Learners
     answering: Answering
     scorers: Scorers
-    prompts: list[PreparedPrompt]
+    prompts: Sequence[PreparedPrompt]
+    blend: Blend
     eval_prompts: list[PreparedPrompt]
     text: PretrainingText | None
     num_iterations: int
@@ -71,10 +74,13 @@ def set_up(context: StageContext) -> Setup:
     passes = micro_batching(*limits_of_pass, context.device, world, together)
     scorer = RewardScorer(judge.model, reward_chat, chat, recipe.model.retokenise_for_reward, *where, passes, judge)
     _check_lengths(context, actor.model, critic.model)
-    prompts, eval_prompts = _prompts(context, chat)
-    num_iterations = _num_iterations(settings, len(prompts))
+    items = context.items("ppo", chat)
+    context.record_items(items)
+    eval_prompts = list(items.eval[: settings.num_eval_prompts])
+    num_iterations = _num_iterations(settings, len(items.blend))
     context.log.note(
-        f"step 3, ppo: {len(prompts)} prompts to answer in {num_iterations} iterations, {len(eval_prompts)} held out"
+        f"step 3, ppo: {len(items.train)} prompts to answer in {num_iterations} iterations, {len(eval_prompts)} held "
+        f"out{items.note()}"
     )
     learners = _learners(context, actor, actor_forward, critic, chat.pad_id, passes, num_iterations)
     offloaded = (learners.actor, learners.critic) if settings.offload_optimizer else ()
@@ -83,7 +89,8 @@ def set_up(context: StageContext) -> Setup:
         learners=learners,
         answering=Answering(context, actor, actor_forward, offloaded, context.log.note),
         scorers=Scorers(reference, critic.model, scorer, chat.pad_id, *where, passes, critic.run),
-        prompts=prompts,
+        prompts=items.train,
+        blend=items.blend,
         eval_prompts=eval_prompts,
         text=_text(context, chat, actor.model),
         num_iterations=num_iterations,
@@ -139,15 +146,6 @@ def _scoring_stream(context: StageContext, reference: Reference) -> torch.cuda.S
     if not (wanted and alone and in_place) or reference.is_actor:
         return None
     return torch.cuda.Stream(context.device)
-
-
-def _prompts(context: StageContext, chat: ChatFormat) -> tuple[list[PreparedPrompt], list[PreparedPrompt]]:
-    """Prompts to train on, and held-out ones."""
-    data = context.recipe.data
-    share = context.shares()["ppo"]
-    limits = (data.max_prompt_length, data.long_rows, context.log.note)
-    train, held_out = ppo_prompts(share.train, chat, *limits), ppo_prompts(share.eval, chat, *limits)
-    return train, held_out[: context.recipe.ppo.num_eval_prompts]
 
 
 def _num_iterations(settings: PPOSection, num_prompts: int) -> int:

@@ -5,17 +5,18 @@ Everything here is checked again by the step that it concerns; this only brings 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from threefold.config.recipe import Recipe
 from threefold.data.chat import ChatFormat
-from threefold.data.prepare import load_examples, ppo_prompts, reward_pairs, sft_sequences
-from threefold.data.split import STEPS
+from threefold.data.doctor import fast_report
+from threefold.data.split import STEPS, Step
 from threefold.data.text import read_documents, split_documents
 from threefold.engine.train import check_checkpointing
-from threefold.errors import ConfigError
+from threefold.errors import ConfigError, DataError
 from threefold.inference.tensor_parallel import check_tensor_parallel
 from threefold.models.adapters import check_lora
 from threefold.models.loading import config_context_length, load_config
@@ -23,7 +24,7 @@ from threefold.models.quantised import check_quantisation
 from threefold.models.tiny import embedded_config
 from threefold.stages.answering import check_group_size
 from threefold.stages.context import EMBEDDED, StageContext
-from threefold.stages.rollout import check_same_tokens
+from threefold.stages.rollout import check_references, check_same_tokens
 
 
 def check(context: StageContext, steps: Collection[str]) -> None:
@@ -37,16 +38,11 @@ def check(context: StageContext, steps: Collection[str]) -> None:
         ConfigError, DataError, CheckpointError: as the step itself would.
     """
     recipe = context.recipe
-    loaded = load_examples(recipe)
-    for note in loaded.notes:
+    library = context.library
+    for note in library.notes:
         context.log.note(note)
-    for step, share in zip(STEPS, recipe.data.split, strict=True):
-        if step in steps and share == 0:
-            raise ConfigError(
-                f"data.split = {recipe.data.split} gives step {STEPS.index(step) + 1}, {step}, no data; "
-                "give it a share, or choose steps with --step"
-            )
-    shares = context.split(loaded.examples)
+    _check_split(recipe, steps)
+    library.check_enough()
     actor = reward = None
     if recipe.model.actor != EMBEDDED:
         actor, _ = context.chat_format(recipe.model.actor)
@@ -58,19 +54,43 @@ def check(context: StageContext, steps: Collection[str]) -> None:
     _check_training_options(context, steps)
     if "ppo" in steps:
         _check_generation(context)
-    data = recipe.data
-    if actor is not None and "sft" in steps:
-        for part in (shares["sft"].train, shares["sft"].eval):
-            sft_sequences(part, actor, data.max_length, recipe.sft.loss_on, data.long_rows)
     judge: ChatFormat | None = reward or (None if recipe.model.reward else actor)
-    if judge is not None and "reward" in steps:
-        for part in (shares["reward"].train, shares["reward"].eval):
-            reward_pairs(part, judge, data.max_length, data.long_rows)
-    if actor is not None and "ppo" in steps:
-        for part in (shares["ppo"].train, shares["ppo"].eval):
-            ppo_prompts(part, actor, data.max_prompt_length, data.long_rows)
+    formats: dict[Step, ChatFormat | None] = {"sft": actor, "reward": judge, "ppo": actor}
+    chats = {step: chat for step, chat in formats.items() if chat is not None and step in steps}
+    _examine(context, chats, [step for step in STEPS if step in steps])
+    if "sft" in chats:
+        context.items("sft", chats["sft"])
+    if "reward" in chats:
+        context.items("reward", chats["reward"])
+    if "ppo" in chats:
+        check_references(context.items("ppo", chats["ppo"]).train, recipe.ppo)
     if recipe.ppo.mixture.source and "ppo" in steps:
         split_documents(read_documents(recipe.ppo.mixture.source), recipe.ppo.mixture.eval_documents)
+
+
+def _check_split(recipe: Recipe, steps: Collection[str]) -> None:
+    """Refuse steps that no source gives a share to."""
+    for index, step in enumerate(STEPS):
+        if step in steps and not any(source.shares(recipe.data.split)[index] for source in recipe.data.sources):
+            raise ConfigError(
+                f"data.split = {recipe.data.split} gives step {index + 1}, {step}, no data (nor do the sources' own "
+                "splits); give it a share, or choose steps with --step"
+            )
+
+
+def _examine(context: StageContext, chats: Mapping[Step, ChatFormat], steps: Sequence[Step]) -> None:
+    """The doctor's look at some rows, by the first process: an error stops the run, warnings are shown."""
+    if context.recipe.data.doctor == "off":
+        return
+
+    def examine() -> None:
+        report = fast_report(context.library, chats, context.recipe, steps)
+        for finding in report.warnings:
+            context.log.note(f"doctor: {finding.message}")
+        if report.errors:
+            raise DataError(f'{report.errors[0].message} (data.doctor = "off" trains on it all the same)')
+
+    context.world.from_first(examine)
 
 
 def _check_training_options(context: StageContext, steps: Collection[str]) -> None:

@@ -3,7 +3,7 @@ advantages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from threefold.algo.rewards import shape_scores, token_rewards
 from threefold.config.recipe import PPOSection
 from threefold.data.chat import ChatFormat
 from threefold.data.collate import RolloutBatch, collate_rollouts, collate_sequences, pad_ragged
-from threefold.data.prepare import PreparedPrompt
+from threefold.data.reasoning import final_answer, same_answer
 from threefold.engine.device import precision
 from threefold.engine.distributed import ALONE
 from threefold.engine.parallel import ParallelModel
@@ -27,7 +27,7 @@ from threefold.errors import ConfigError, DataError
 from threefold.models.adapters import adapters_off
 from threefold.models.forward import CausalForward, Runner, answer_scores, directly, target_values
 from threefold.models.loading import context_length, score_statistics
-from threefold.types import Experience, Message, Rollout, TokenSequence
+from threefold.types import Experience, Message, PreparedPrompt, Rollout, TokenSequence
 
 
 def same_tokens(first: ChatFormat, second: ChatFormat) -> bool:
@@ -71,7 +71,8 @@ class RewardScorer:
     ) -> None:
         self.model, self.mean_and_scale = model, score_statistics(model)
         self._parallel = parallel or ParallelModel(model, ALONE, device)
-        self._chat, self._actor_chat, self._device, self._dtype = chat, actor_chat, device, dtype
+        self.actor_chat = actor_chat
+        self._chat, self._device, self._dtype = chat, device, dtype
         self._passes = passes
         self.same_tokens = check_same_tokens(chat, actor_chat, allow_retokenise)
 
@@ -106,7 +107,7 @@ class RewardScorer:
         prompt: tuple[int, ...] = tuple(rollout.prompt_ids.tolist())
         answer: tuple[int, ...] = tuple(rollout.response_ids.tolist())
         if not self.same_tokens:
-            text = self._actor_chat.decode(answer)
+            text = self.actor_chat.decode(answer)
             prompt = self._chat.prompt_ids(messages)
             render = self._chat.answer_ids if rollout.finish_reason == "stop" else self._chat.unfinished_answer_ids
             answer = render(messages, text)
@@ -203,13 +204,52 @@ class ScoredBatch:
         experiences: one per rollout.
         kl: [B], KL(policy || reference) per answer, nats: the sum over its tokens of logprob - ref_logprob.
         rlhf_reward: [B], sum of the per-token rewards.
-        shaped_scores: [B], normalised, clipped, penalised scores.
+        shaped_scores: [B], normalised, clipped, weighed, penalised scores, plus what right final answers give.
     """
 
     experiences: list[Experience]
     kl: Tensor
     rlhf_reward: Tensor
     shaped_scores: Tensor
+
+
+def right_answers(
+    prompts: Sequence[PreparedPrompt], rollouts: Sequence[Rollout], chat: ChatFormat
+) -> list[float | None]:
+    """1 where an answer gives its prompt's final answer, 0 where not, None where the prompt has none to compare with.
+
+    An answer that was cut off is wrong: the last number of what there is of it would be one of its steps.
+    """
+    return [
+        float(
+            rollout.finish_reason == "stop"
+            and same_answer(final_answer(chat.decode_exactly(rollout.response_ids.tolist())), prompt.reference)
+        )
+        if prompt.reference
+        else None
+        for prompt, rollout in zip(prompts, rollouts, strict=True)
+    ]
+
+
+def final_answer_accuracy(
+    prompts: Sequence[PreparedPrompt], rollouts: Sequence[Rollout], chat: ChatFormat
+) -> float | None:
+    """Share of right final answers, of those that can be checked; None where none can."""
+    checked = [one for one in right_answers(prompts, rollouts, chat) if one is not None]
+    return sum(checked) / len(checked) if checked else None
+
+
+def check_references(prompts: Iterable[PreparedPrompt], settings: PPOSection) -> None:
+    """Refuse a reward on final answers where the data have none.
+
+    Raises:
+        ConfigError: `ppo.final_answer_coef` is above 0 and no prompt has a reference.
+    """
+    if settings.final_answer_coef > 0 and not any(prompt.reference for prompt in prompts):
+        raise ConfigError(
+            f"ppo.final_answer_coef = {settings.final_answer_coef:g}, and no prompt of step 3 has a final answer to "
+            "compare with: data.sources needs rows of format question_answer (gsm8k), or set it to 0"
+        )
 
 
 ValuePass = Callable[[Sequence[Rollout], Tensor], list[Tensor]]
@@ -248,7 +288,18 @@ def make_experience(
     padded_ref, _ = pad_ragged(ref_logprobs)
     finished = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
     mean, scale = scorers.reward.mean_and_scale if settings.normalise_reward else (0.0, 1.0)
-    shaped = shape_scores(scores, finished, mean, scale, settings.reward_clip, settings.missing_stop_penalty)
+    shaped = shape_scores(
+        scores,
+        finished,
+        mean,
+        scale,
+        settings.reward_clip,
+        settings.missing_stop_penalty,
+        settings.reward_model_coef,
+    )
+    if settings.final_answer_coef > 0:
+        right = right_answers(prompts, rollouts, scorers.reward.actor_chat)
+        shaped = shaped + settings.final_answer_coef * torch.tensor([one or 0.0 for one in right])
     kl = kl_per_token(padded_logprobs, padded_ref, settings.kl_estimator)
     rewards = token_rewards(shaped, kl, mask, kl_coef)
     values = _values(rollouts, scorers) if value_pass is None else value_pass(rollouts, rewards)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from threefold.algo.losses import lm_loss_sum
 from threefold.data.chat import ChatFormat
 from threefold.data.collate import collate_sequences, num_targets
-from threefold.data.prepare import sft_sequences
 from threefold.engine.device import precision
 from threefold.engine.parallel import ParallelModel
 from threefold.engine.sharing import micro_batching
@@ -28,16 +27,13 @@ from threefold.types import Example, TokenSequence
 def run(context: StageContext) -> dict[str, float]:
     """Fill `context.output` with the fine-tuned model; return its held-out loss and perplexity, before and after."""
     recipe, settings = context.recipe, context.recipe.sft
-    share = context.shares()["sft"]
-    parallel, forward, chat = _model(context, share.train)
+    parallel, forward, chat = _model(context, context.library.examples("sft", "train"))
     model = parallel.model
-    limits = (recipe.data.max_length, settings.loss_on, recipe.data.long_rows)
-    train, num_dropped = sft_sequences(share.train, chat, *limits)
-    held_out, num_dropped_eval = sft_sequences(share.eval, chat, *limits)
-    held_out = held_out[: settings.max_eval_examples]
+    items = context.items("sft", chat)
+    context.record_items(items)
+    held_out = items.eval[: settings.max_eval_examples]
     context.log.note(
-        f"step 1, sft: {len(train)} conversations to train on, {len(held_out)} held out"
-        + (f", {num_dropped + num_dropped_eval} too long and dropped" if num_dropped + num_dropped_eval else "")
+        f"step 1, sft: {len(items.train)} conversations to train on, {len(held_out)} held out" + items.note()
     )
     limits_of_pass = (settings.micro_batch_size, settings.micro_batch_tokens)
     passes = micro_batching(*limits_of_pass, context.device, context.world, parallel.sharded)
@@ -59,7 +55,7 @@ def run(context: StageContext) -> dict[str, float]:
         loss = context.world.sum([total])[0] / num_targets(held_out)
         return {"sft/eval_loss": loss, "sft/eval_perplexity": math.exp(min(loss, 700.0))}
 
-    total_steps = num_optimizer_steps(len(train), settings)
+    total_steps = num_optimizer_steps(len(items.blend), settings)
     where = (context.device, context.dtype, "step 1, sft")
     checkpointing, offload = settings.gradient_checkpointing, recipe.parallel.actor.offload
     engine = TrainEngine(parallel, settings, total_steps, *where, gradient_checkpointing=checkpointing, offload=offload)
@@ -72,10 +68,10 @@ def run(context: StageContext) -> dict[str, float]:
         passes,
         len,
     )
-    return train_supervised(task, engine, train, settings, context)
+    return train_supervised(task, engine, items, settings, context)
 
 
-def _model(context: StageContext, examples: list[Example]) -> tuple[ParallelModel, CausalForward, ChatFormat]:
+def _model(context: StageContext, examples: Sequence[Example]) -> tuple[ParallelModel, CausalForward, ChatFormat]:
     """The model to train, on its device."""
     recipe, formats = context.recipe, list[ChatFormat]()
 

@@ -79,6 +79,10 @@ def _comparison(evaluation: Mapping[str, Any], recipe: Recipe, log: RunLog) -> N
         rows.append(
             ["  95 % interval", *("-" if win is None else f"{win['low']:.3f} to {win['high']:.3f}" for win in wins)]
         )
+    if all("final_answer_accuracy" in model for model in models.values()):
+        right = [model["final_answer_accuracy"] for model in models.values()]
+        rows.append(["right final answers", *(f"{share['mean']:.3f}" for share in right)])
+        rows.append(["  95 % interval", *(f"{share['low']:.3f} to {share['high']:.3f}" for share in right)])
     for label, key, shape in (
         ("KL per answer, nats", "kl_per_answer", ".2f"),
         ("distinct-2 per prompt", "distinct_2_per_prompt", ".3f"),
@@ -86,7 +90,7 @@ def _comparison(evaluation: Mapping[str, Any], recipe: Recipe, log: RunLog) -> N
         ("length, tokens", "mean_length_tokens", ".1f"),
         ("stopped by itself", "stopped", ".0%"),
     ):
-        rows.append([label, *(format(model[key], shape) for model in models.values())])
+        rows.append([label, *(format(model[key], f"z{shape}") for model in models.values())])
     title = f"{evaluation['num_prompts']} held-out prompts, {evaluation['answers_per_prompt']} sampled answers each"
     log.table(title, ("", *models), rows)
     target, largest = recipe.ppo.kl_target, max(model["kl_per_answer"] for model in models.values())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from threefold.checkpoint.training import Saved, TrainingState
 from threefold.config.recipe import SupervisedSection
-from threefold.data.collate import epoch_order
+from threefold.data.items import StepItems
 from threefold.engine.parallel import like, local
 from threefold.engine.sharing import MicroBatching
 from threefold.engine.train import StepResult, TrainEngine
@@ -106,7 +106,7 @@ class _Progress:
 
 
 def num_optimizer_steps(num_items: int, settings: SupervisedSection) -> int:
-    """Optimizer steps of a supervised stage; an epoch's last, smaller batch is a step too."""
+    """Optimizer steps of a supervised stage, from the items of one epoch; its last, smaller batch is a step too."""
     steps = settings.epochs * math.ceil(num_items / settings.batch_size)
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
@@ -126,18 +126,21 @@ def _optimizer_step(engine: TrainEngine, task: SupervisedTask[Item], batch: Sequ
 def train_supervised(
     task: SupervisedTask[Item],
     engine: TrainEngine,
-    items: Sequence[Item],
+    items: StepItems[Item],
     settings: SupervisedSection,
     context: StageContext,
 ) -> dict[str, float]:
-    """Train for the recipe's epochs, and save the weights with the lowest held-out loss of those evaluated.
+    """Train for the recipe's epochs, each a pass over the blend of the sources, and save the weights with the lowest
+    held-out loss of those evaluated.
 
     Returns:
         the best evaluation's metrics, those of the first under "initial/...", and "best_step".
     """
     log, run = context.log, context.recipe.run
-    total = num_optimizer_steps(len(items), settings)
-    steps_per_epoch = math.ceil(len(items) / settings.batch_size)
+    total = num_optimizer_steps(len(items.blend), settings)
+    steps_per_epoch = math.ceil(len(items.blend) / settings.batch_size)
+    order: list[int] = []
+    order_epoch = -1
     eval_every = settings.eval_every or steps_per_epoch
     progress = _Progress(engine)
     if context.saved is not None:
@@ -150,9 +153,10 @@ def train_supervised(
     with log.progress(f"{task.name:<6}", total, progress.step) as bar:
         for step in range(progress.step + 1, total + 1):
             epoch, within = divmod(step - 1, steps_per_epoch)
-            order = epoch_order(len(items), run.seed, epoch)
+            if epoch != order_epoch:
+                order, order_epoch = items.blend.order(epoch), epoch
             chosen = order[within * settings.batch_size : (within + 1) * settings.batch_size]
-            result = _optimizer_step(engine, task, [items[index] for index in chosen])
+            result = _optimizer_step(engine, task, [items.train[index] for index in chosen])
             progress.step = step
             bar.advance(loss=result.loss)
             if step % run.log_every == 0 or step == total:

@@ -1,0 +1,1 @@
+"""The command `threefold doctor`: examines the data of a recipe, and shows what it finds."""
